@@ -1,0 +1,154 @@
+"""Put SCConv into a network that exists: in place of its 3×3 convolutions, or after them.
+
+The paper replaces the 3×3 convolutions between two 1×1 ones (section 3.3, figure 1). Adding SCConv behind a convolution
+is not in the paper; users of the popular implementation do it.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from scconv.layers import CRU, ChannelError, SCConv
+
+
+@dataclass
+class Surgery:
+    """What an operation did: names of the layers that it changed, and of those that it left, with the reason."""
+
+    replaced: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        kept = "".join(f"\n  left {name}: {reason}" for name, reason in self.left.items())
+        return f"{len(self.replaced)} convolutions changed, {len(self.left)} left{kept}"
+
+
+def replace_conv3x3(model: nn.Module, *, where: Callable[[str, nn.Conv2d], bool] | None = None, **options) -> Surgery:
+    """Replace each dense 3×3 `nn.Conv2d` of `model`, in place, by an `SCConv` with fresh weights.
+
+    Stride, padding, dilation, bias, device, dtype, memory format and training mode are kept. A convolution used in two
+    places is replaced by one layer used in two places. 1×1, other sizes, grouped ones, subclasses of `nn.Conv2d`, other
+    padding modes and widths that SCConv does not fit (the 3-channel stem) stay as they are. A second call changes
+    nothing, since it does not look inside an `SCConv`.
+
+    Args:
+        model: any module that contains convolutions.
+        where: called with the name and the convolution, returns whether to replace it; None means all.
+        options: keywords of `SCConv`, such as `alpha=0.75` or `gate="hard"`.
+
+    Returns:
+        What was replaced, and what was left and why.
+
+    Raises:
+        ValueError: an option of `SCConv` is out of its range, or `model` is itself a convolution.
+    """
+    return _swap(model, lambda conv: _like(conv, **options), where)
+
+
+def append_scconv(model: nn.Module, *, after: str = "conv2", **options) -> Surgery:
+    """Put an `SCConv` with as many channels behind each dense 3×3 convolution called `after`, in place.
+
+    With `after="conv2"` that is behind the second 3×3 of each of ResNet-34's basic blocks, before its batch norm. The
+    pair becomes `conv2.conv` and `conv2.scconv`. Arguments, result and errors are as for `replace_conv3x3`.
+    """
+
+    def with_scconv(conv: nn.Conv2d) -> nn.Sequential:
+        width = conv.out_channels
+        scconv = _move(SCConv(width, width, **_placed_like(conv), **options), conv)
+        pair = nn.Sequential(OrderedDict(conv=conv, scconv=scconv))
+        pair.training = conv.training
+        return pair
+
+    done = {id(pair.conv) for pair in model.modules() if isinstance(getattr(pair, "scconv", None), SCConv)}
+    return _swap(model, with_scconv, lambda name, conv: name.rpartition(".")[2] == after and id(conv) not in done)
+
+
+def cifar_stem(model: nn.Module) -> nn.Module:
+    """Give a torchvision ResNet or DenseNet the stem for small images: 3×3, stride 1, no max-pool; in place.
+
+    Raises:
+        ValueError: the model has no `conv1` and `maxpool`, nor `features.conv0` and `features.pool0`.
+    """
+    if hasattr(model, "conv1") and hasattr(model, "maxpool"):
+        model.conv1, model.maxpool = _small_conv(model.conv1), nn.Identity()
+    elif hasattr(getattr(model, "features", None), "conv0"):
+        model.features.conv0, model.features.pool0 = _small_conv(model.features.conv0), nn.Identity()
+    else:
+        raise ValueError(f"model={type(model).__name__}: must be a torchvision ResNet or DenseNet to get a small stem")
+    return model
+
+
+def _swap(model: nn.Module, build: Callable[[nn.Conv2d], nn.Module], where) -> Surgery:
+    """Put `build(conv)` where each suitable convolution is, once for each convolution object."""
+    if isinstance(model, nn.Conv2d):
+        raise ValueError("model=Conv2d: must contain convolutions, not be one; build SCConv(...) instead")
+    surgery, built = Surgery(), {}
+    for parent, child_name, name, conv in list(_convolutions(model)):
+        if id(conv) in built:
+            setattr(parent, child_name, built[id(conv)])
+            surgery.replaced.append(name)
+            continue
+        reason = _reason_to_leave(conv)
+        if reason is None and where is not None and not where(name, conv):
+            reason = "not selected"
+        try:
+            new = None if reason else build(conv)
+        except ChannelError as error:
+            reason = str(error)
+        if reason:
+            surgery.left[name] = reason
+        else:
+            built[id(conv)] = new
+            setattr(parent, child_name, new)
+            surgery.replaced.append(name)
+    return surgery
+
+
+def _convolutions(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str, str, nn.Conv2d]]:
+    """Each use of a convolution outside SCConv layers: its parent, its name there, its full name, itself."""
+    for child_name, child in module.named_children():
+        name = f"{prefix}{child_name}"
+        if isinstance(child, nn.Conv2d):
+            yield module, child_name, name, child
+        elif not isinstance(child, SCConv | CRU):
+            yield from _convolutions(child, f"{name}.")
+
+
+def _reason_to_leave(conv: nn.Conv2d) -> str | None:
+    if type(conv) is not nn.Conv2d:
+        return f"a {type(conv).__name__}, not a plain Conv2d"
+    if conv.kernel_size != (3, 3):
+        return f"{conv.kernel_size[0]}×{conv.kernel_size[1]}, not 3×3"
+    if conv.groups != 1:
+        return f"grouped (groups={conv.groups})"
+    if conv.padding_mode != "zeros":
+        return f"padding_mode={conv.padding_mode!r}"
+    return None
+
+
+def _small_conv(stem: nn.Conv2d) -> nn.Conv2d:
+    conv = nn.Conv2d(stem.in_channels, stem.out_channels, 3, padding=1, bias=False, **_placed_like(stem))
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does for the large stem
+    return conv
+
+
+def _like(conv: nn.Conv2d, **options) -> SCConv:
+    padding = {"same": None, "valid": 0}[conv.padding] if isinstance(conv.padding, str) else conv.padding
+    arguments = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, padding, conv.dilation)
+    options = {"bias": conv.bias is not None, **options}
+    return _move(SCConv(*arguments, **_placed_like(conv), **options), conv)
+
+
+def _placed_like(conv: nn.Conv2d) -> dict:
+    return {"device": conv.weight.device, "dtype": conv.weight.dtype}
+
+
+def _move(new: nn.Module, conv: nn.Conv2d) -> nn.Module:
+    """Give the new layer the old one's training mode and memory format."""
+    weight = conv.weight
+    if weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
+        new = new.to(memory_format=torch.channels_last)
+    return new.train(conv.training)
