@@ -1,0 +1,378 @@
+"""Three image sets and their batches: `digits` (embedded), `cifar100` and `food101`.
+
+Small images live in memory as uint8 tensors (N, 3, H, W) on the device that trains; a batch is an index into them, and
+augmentation is a function of that batch on its device. Photographs (Food-101) are decoded and cropped by a pool of
+worker processes. In both, everything random is a function of (seed, epoch) alone, or of (seed, epoch, image): there is
+no generator whose state a resumed run would have to restore, and several processes draw what one process draws.
+
+Where sets are looked for: `root`, else the environment variable SCCONV_DATA, else ./data. Nothing is downloaded unless
+`download=True`.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import CIFAR100, Food101
+from torchvision.transforms import v2
+
+DATA_NAMES = ("digits", "cifar100", "food101")
+PADDING = 4  # pixels; paper, section 4.1: random crop with 4-pixel padding
+# Mean and standard deviation of ImageNet's training set, as torchvision's documentation gives them for its models.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Photographs(Dataset):
+    """Food-101's images of one split, cropped to a square: an item is addressed by (index, seed).
+
+    The seed makes a random crop and flip a function of the item's address, whichever worker decodes it.
+    `transform` takes a PIL image to a uint8 tensor (3, H, W).
+    """
+
+    def __init__(self, images: Food101, transform: v2.Transform):
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, address: tuple[int, int]) -> tuple[Tensor, int]:
+        index, seed = address
+        image, label = self.images[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.transform(image), label
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A loaded image set.
+
+    `train` and `test` are each a pair (images uint8 (N, 3, H, W), labels int64 (N,)), or `Photographs`.
+    `train_plain` are the training photographs without augmentation (None for the in-memory sets).
+    `mean` and `std` are per channel, of pixels in [0, 1]. `mirror` says whether a mirrored image keeps its class, so
+    that augmentation may flip it. `workers` is the number of processes that decode photographs.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    train: tuple[Tensor, Tensor] | Photographs = field(repr=False)
+    test: tuple[Tensor, Tensor] | Photographs = field(repr=False)
+    train_plain: Photographs | None = field(default=None, repr=False)
+    mirror: bool = True
+    workers: int = 0
+
+    @property
+    def num_train(self) -> int:
+        return len(self.train) if isinstance(self.train, Photographs) else len(self.train[1])
+
+    @property
+    def num_test(self) -> int:
+        return len(self.test) if isinstance(self.test, Photographs) else len(self.test[1])
+
+    def to(self, device: torch.device | str) -> "ImageData":
+        """The same set with its in-memory images on `device`. Photographs stay on disk."""
+        if isinstance(self.train, Photographs):
+            return self
+        train, test = (tuple(tensor.to(device) for tensor in split) for split in (self.train, self.test))
+        return replace(self, train=train, test=test)
+
+
+# ---- loading -------------------------------------------------------------------------------------------------------
+
+
+def load_data(
+    name: str,
+    *,
+    root: str | Path | None = None,
+    image_size: int | None = None,
+    download: bool = False,
+    workers: int | None = None,
+) -> ImageData:
+    """Load one of `DATA_NAMES`.
+
+    `image_size` is the side in pixels: any from 8 for `digits` (default 32), 32 for `cifar100`, any from 32 for
+    `food101` (default 224). `workers` decode photographs (default: one per processor, at most 8); the in-memory sets
+    need none. Raises ValueError, in one line, for an unknown name, a size that the set cannot have, a set that is not
+    there, and a file that cannot be read.
+    """
+    root = Path(root or os.environ.get("SCCONV_DATA") or "data")
+    if name == "digits":
+        return load_digit_images(image_size or 32)
+    if name == "cifar100":
+        if image_size not in (None, 32):
+            raise ValueError(f"image_size={image_size}: must be 32 for cifar100")
+        return load_cifar100(root, download)
+    if name == "food101":
+        return load_food101(root, image_size or 224, download, workers)
+    raise ValueError(f"data={name!r}: must be one of {', '.join(DATA_NAMES)}")
+
+
+def load_digit_images(image_size: int = 32) -> ImageData:
+    """scikit-learn's 8x8 handwritten digits as RGB: 1,437 training and 360 test images, stratified, always the same."""
+    if image_size < 8:
+        raise ValueError(f"image_size={image_size}: must be at least 8 for digits")
+    pixels, labels = load_digits(return_X_y=True)
+    grey = torch.from_numpy(pixels).reshape(-1, 1, 8, 8) * (255 / 16)  # their ink runs from 0 to 16
+    size = (image_size, image_size)
+    grey = F.interpolate(grey, size, mode="bilinear", align_corners=False).round().to(torch.uint8)
+    images, labels = grey.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(labels).long()
+    split = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    train, test = ((images[index], labels[index]) for index in split)
+    classes = tuple(str(digit) for digit in range(10))
+    return ImageData("digits", classes, image_size, *channel_statistics(train[0]), train, test, mirror=False)
+
+
+def load_cifar100(root: Path, download: bool = False) -> ImageData:
+    """CIFAR-100 from `root`/cifar100/{train,test}.npz; made from torchvision's copy where they are not there yet."""
+    caches = {split: root / "cifar100" / f"{split}.npz" for split in ("train", "test")}
+    for split, cache in caches.items():
+        if not cache.exists():
+            pack_cifar100(root, split, cache, download)
+    (train, classes), (test, _) = (read_packed(cache) for cache in caches.values())
+    return ImageData("cifar100", classes, 32, *channel_statistics(train[0]), train, test)
+
+
+def pack_cifar100(root: Path, split: str, cache: Path, download: bool) -> None:
+    try:
+        source = CIFAR100(root, train=split == "train", download=download)
+    except RuntimeError as error:  # torchvision's word for "not there" and for "there, but damaged"
+        raise missing("cifar100", root, "cifar100/train.npz and test.npz, or cifar-100-python") from error
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(cache) as file:
+        np.savez(file, images=source.data, labels=np.array(source.targets), classes=np.array(source.classes))
+
+
+def read_packed(path: Path) -> tuple[tuple[Tensor, Tensor], tuple[str, ...]]:
+    """Images uint8 (N, 3, 32, 32), labels int64 (N,) and class names of one packed file."""
+    try:
+        with np.load(path, allow_pickle=False) as packed:
+            images, labels, classes = packed["images"], packed["labels"], packed["classes"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise unreadable(path, str(error) or type(error).__name__) from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
+        raise unreadable(path, f"images are {images.dtype} {images.shape}, expected uint8 (N, 32, 32, 3)")
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or len(labels) == 0:
+        raise unreadable(path, f"labels are {labels.dtype} {labels.shape}, expected integers ({len(images)},)")
+    if labels.min() < 0 or labels.max() >= len(classes):
+        span = f"{labels.min()} to {labels.max()}"
+        raise unreadable(path, f"labels run from {span}, but there are {len(classes)} classes")
+    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return (channels_first, torch.from_numpy(labels).long()), tuple(str(name) for name in classes)
+
+
+def load_food101(root: Path, image_size: int = 224, download: bool = False, workers: int | None = None) -> ImageData:
+    """Food-101 through torchvision, from `root`/food-101. The classes are those that its meta files list.
+
+    Training: a random crop of 8 to 100 % of the area, resized to `image_size`, and a flip. Test: the shorter side
+    resized to 256/224 of `image_size`, centre crop. Both are torchvision's for ImageNet.
+    """
+    if image_size < 32:
+        raise ValueError(f"image_size={image_size}: must be at least 32 for food101")
+    try:
+        train, test = (Food101(root, split, download=download) for split in ("train", "test"))
+    except RuntimeError as error:
+        raise missing("food101", root, "food-101/meta and food-101/images") from error
+    except (OSError, json.JSONDecodeError) as error:
+        raise unreadable(root / "food-101" / "meta", str(error)) from error
+    for name in train.classes:
+        if not (root / "food-101" / "images" / name).is_dir():
+            raise unreadable(root / "food-101" / "images", f"no folder of the class {name!r}, which meta lists")
+    crop = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    centre = v2.Compose([v2.Resize(round(image_size * 256 / 224)), v2.CenterCrop(image_size), v2.PILToTensor()])
+    return ImageData(
+        "food101",
+        tuple(train.classes),
+        image_size,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        train=Photographs(train, crop),
+        test=Photographs(test, centre),
+        train_plain=Photographs(train, centre),
+        workers=min(8, os.cpu_count() or 1) if workers is None else workers,
+    )
+
+
+def missing(name: str, root: Path, looked_for: str) -> ValueError:
+    return ValueError(
+        f"{name}: not found in {root} (looked for {looked_for}); set SCCONV_DATA to a folder that has it, or allow the "
+        "download with download=True (--download)"
+    )
+
+
+def unreadable(path: Path, reason: str) -> ValueError:
+    reason = " ".join(reason.split())
+    return ValueError(f"{path}: cannot be read ({reason}); delete it and load again with download=True (--download)")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes its name only when it is whole and on disk: a reader never meets half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- batches -------------------------------------------------------------------------------------------------------
+
+
+def derive_seed(*parts: int) -> int:
+    """A 32-bit seed from whole numbers, such as (seed, epoch); neighbours share nothing (numpy's SeedSequence)."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def epoch_batches(
+    n: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    shuffle: bool = True,
+    rank: int = 0,
+    world: int = 1,
+    drop_last: bool = False,
+) -> list[Tensor]:
+    """The indices of each batch of one epoch over `n` images, as int64 tensors: this process's share of each batch.
+
+    The order depends on (seed, epoch) alone. `batch_size` is the global one, of all `world` processes; process `rank`
+    gets a contiguous part of each batch, so that the parts together are the batch that one process would have.
+    `drop_last` leaves out a last batch that is not full.
+    """
+    if shuffle:
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(derive_seed(seed, epoch)))
+    else:
+        order = torch.arange(n)
+    batches = order[: n - n % batch_size].split(batch_size) if drop_last else order.split(batch_size)
+    return [batch.tensor_split(world)[rank] for batch in batches]
+
+
+def train_batches(
+    data: ImageData,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    *,
+    augment: bool = True,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled batches of one epoch on `device`: normalised images (n, 3, H, W) and labels (n,).
+
+    A last batch that is not full is left out: compiled code then meets one shape only, and every process an equal part.
+    The in-memory sets must be on `device` already (`ImageData.to`).
+    """
+    if isinstance(data.train, Photographs):
+        batches = epoch_batches(data.num_train, batch_size, seed, epoch, True, rank, world, drop_last=True)
+        photographs = data.train if augment else data.train_plain
+        yield from photograph_batches(data, photographs, batches, seed, epoch, device)
+        return
+    images, labels = data.train
+    mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
+    generator = torch.Generator(device).manual_seed(derive_seed(seed, epoch, 1))
+    batches = epoch_batches(data.num_train, batch_size, seed, epoch, drop_last=True)
+    if not batches:
+        return
+    for batch in torch.stack(batches).to(device):  # one transfer an epoch, so that no step waits for the device
+        whole = images[batch]
+        if augment:  # the whole batch, also where several processes share it: then each draws the same numbers
+            whole = random_crop_and_flip(whole, generator, PADDING, data.mirror)
+        yield normalise(whole.tensor_split(world)[rank], mean, std), labels[batch.tensor_split(world)[rank]]
+
+
+def eval_batches(
+    data: ImageData, batch_size: int, *, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All test images in order, each once, without augmentation: as `train_batches`, with the last batch in."""
+    batches = epoch_batches(data.num_test, batch_size, 0, 0, False, rank, world)
+    if isinstance(data.test, Photographs):
+        yield from photograph_batches(data, data.test, batches, 0, 0, device)
+        return
+    images, labels = data.test
+    mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
+    for batch in batches:
+        if len(batch):
+            batch = slice(int(batch[0]), int(batch[-1]) + 1)
+            yield normalise(images[batch], mean, std), labels[batch]
+
+
+def photograph_batches(
+    data: ImageData, photographs: Photographs, batches: list[Tensor], seed: int, epoch: int, device: torch.device | str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    addresses = [[(int(k), derive_seed(seed, epoch, 2, int(k))) for k in batch] for batch in batches if len(batch)]
+    pinned = torch.device(device).type == "cuda"
+    loader = DataLoader(photographs, batch_sampler=addresses, num_workers=data.workers, pin_memory=pinned)
+    mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
+    for images, labels in loader:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        yield normalise(images, mean, std), labels
+
+
+# ---- pure functions of a batch -------------------------------------------------------------------------------------
+
+
+def random_crop_and_flip(
+    images: Tensor, generator: torch.Generator, padding: int = PADDING, flip: bool = True
+) -> Tensor:
+    """Shift each image by up to `padding` pixels each way, zeros coming in, and mirror half of them.
+
+    `images` is (N, C, H, W) of any dtype, on the generator's device; the result has its shape, dtype and device.
+    Drawn in this order: N rows and N columns in 0..2 * padding, and with `flip` N bits.
+    """
+    n, device = len(images), images.device
+    top = torch.randint(2 * padding + 1, (n,), generator=generator, device=device)
+    left = torch.randint(2 * padding + 1, (n,), generator=generator, device=device)
+    flipped = torch.zeros(n, dtype=torch.bool, device=device)
+    if flip:
+        flipped = torch.randint(2, (n,), generator=generator, device=device).bool()
+    return crop_and_flip(images, top, left, flipped, padding)
+
+
+def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor, padding: int = PADDING) -> Tensor:
+    """Pad with zeros, cut the window of the old size at (top, left) of the padded image, mirror it where `flipped`.
+
+    `images` is (N, C, H, W); `top` and `left` are int64 (N,) in 0..2 * padding, `flipped` is bool (N,).
+    """
+    n, channels, height, width = images.shape
+    padded = F.pad(images, [padding] * 4)
+    ascending = torch.arange(width, device=images.device)
+    rows = top[:, None] + torch.arange(height, device=images.device)  # (N, H)
+    columns = left[:, None] + torch.where(flipped[:, None], ascending.flip(0), ascending)  # (N, W)
+    image = torch.arange(n, device=images.device)[:, None, None, None]
+    channel = torch.arange(channels, device=images.device)[None, :, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]  # (N, C, H, W)
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(pixel / 255 - mean) / std, per channel: uint8 (N, 3, H, W) to the default floating type. mean, std: (3,)."""
+    pixels = images.to(torch.get_default_dtype()) / 255
+    return (pixels - mean[:, None, None]) / std[:, None, None]
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and (population) standard deviation of each channel over all pixels in [0, 1], from exact integer counts."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(images.shape[1])])
+    share = counts.double() / counts.sum(1, keepdim=True)  # (C, 256)
+    mean = share @ levels
+    variance = (share * (levels - mean[:, None]).square()).sum(1)
+    return tuple(mean.tolist()), tuple(variance.sqrt().tolist())

@@ -1,0 +1,721 @@
+"""Train one network on one image set and write what happened: `python -m scconv.train --help`, or `train(...)`.
+
+A run writes two files into its output folder: `<name>.safetensors`, the weights after the last epoch, and
+`<name>.json`, the result, with the whole history. The test set is looked at once an epoch, to report; nothing is chosen
+by it. After every epoch `<name>.checkpoint.pt` holds what `--resume` needs; it goes when the result is there.
+
+On one CPU two runs with the same arguments and seed, and the same number of threads, end with the same bits. Several
+processes (`accelerate launch -m scconv.train ...`) share each batch, and each sees the statistics of its part in batch
+normalisation; otherwise they do what one process does.
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import math
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import TorchDynamoPlugin
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
+from tqdm import tqdm
+
+from scconv.complexity import count_macs, count_params
+from scconv.data import DATA_NAMES, ImageData, atomic_file, derive_seed, eval_batches, load_data, train_batches
+from scconv.models import build_model, model_names
+
+FORMAT = 1  # of the result file
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+# ---- recipes -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained: SGD with momentum on cross-entropy.
+
+    `batch_size` is that of all processes together. `schedule` is "step" (the learning rate `lr` times 0.1 after each
+    of `milestones`, given as parts of the training, so that they move with `epochs`) or "one_cycle" (a cosine from
+    lr / 25 up to `lr` in the first `warmup` of the training, then down to nearly 0). `augment` is the data's own:
+    crop with 4 zero pixels and flip for small images, random resized crop and flip for photographs.
+    """
+
+    name: str
+    epochs: int
+    batch_size: int
+    lr: float
+    schedule: str
+    milestones: tuple[float, ...] = ()
+    warmup: float = 0.0
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    augment: bool = True
+
+
+# The paper's recipe for CIFAR (section 4.1), "no other tricks".
+PAPER = Recipe("paper", epochs=200, batch_size=128, lr=0.05, schedule="step", milestones=(0.5, 0.75))
+# The paper's recipe for ImageNet (section 4.1), which is the one for photographs here.
+PAPER_PHOTOGRAPHS = Recipe(
+    "paper", epochs=100, batch_size=128, lr=0.1, schedule="step", milestones=(0.3, 0.6, 0.9), weight_decay=1e-4
+)
+FAST = Recipe(
+    "fast",
+    epochs=60,
+    batch_size=128,
+    lr=0.1,
+    schedule="one_cycle",  # Smith and Topin 2017, Super-convergence, arXiv:1708.07120
+    warmup=0.2,
+    nesterov=True,  # Sutskever et al. 2013, On the importance of initialization and momentum in deep learning
+    label_smoothing=0.1,  # Szegedy et al. 2016, Rethinking the Inception architecture, section 7
+)
+# A first look on a processor, in seconds to minutes. Mirrored or cut digits are other digits: no augmentation.
+QUICK = Recipe(
+    "quick", epochs=4, batch_size=64, lr=0.05, schedule="one_cycle", warmup=0.3, nesterov=True, augment=False
+)
+RECIPES = {"paper": PAPER, "fast": FAST, "quick": QUICK}
+
+
+def build_recipe(
+    name: str, data_name: str, *, epochs: int | None = None, batch_size: int | None = None, lr: float | None = None
+) -> Recipe:
+    """The recipe of that name for that image set, with what is given in place of its own values."""
+    if name not in RECIPES:
+        raise ValueError(f"recipe={name!r}: must be one of {', '.join(RECIPES)}")
+    recipe = PAPER_PHOTOGRAPHS if (name, data_name) == ("paper", "food101") else RECIPES[name]
+    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
+    return replace(recipe, **{key: value for key, value in given.items() if value is not None})
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> LRScheduler:
+    """The recipe's learning rate, to be stepped after every batch."""
+    steps = recipe.epochs * steps_per_epoch
+    if recipe.schedule == "step":
+        return MultiStepLR(optimizer, [round(part * recipe.epochs) * steps_per_epoch for part in recipe.milestones])
+    return OneCycleLR(optimizer, recipe.lr, total_steps=steps, pct_start=recipe.warmup, cycle_momentum=False)
+
+
+# ---- a run's state -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RunState:
+    """All that training changes. Random numbers are not in it: they follow from the seed and the epoch."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    scaler: torch.amp.GradScaler | None = None
+    epoch: int = 0  # epochs that are complete
+    history: list[dict] = field(default_factory=list)
+
+    def parts(self) -> dict:
+        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+def save_checkpoint(state: RunState, path: Path, identity: dict) -> None:
+    """Write `state` to `path` at once or not at all. `identity` says which run it belongs to."""
+    parts = {name: part.state_dict() for name, part in state.parts().items()}
+    with atomic_file(path) as file:
+        torch.save({"identity": identity, "epoch": state.epoch, "history": state.history, **parts}, file)
+
+
+def load_checkpoint(state: RunState, path: Path, identity: dict) -> None:
+    """Put what `save_checkpoint` wrote into `state`. A ValueError if the file is damaged or another run's."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        found = saved["identity"]
+    except Exception as error:  # a damaged file fails in many ways, and all mean the same to the reader
+        raise ValueError(f"{path}: not a readable checkpoint; delete it to start from the beginning") from error
+    for key, value in identity.items():
+        if found.get(key) != value:
+            raise ValueError(f"{path}: checkpoint of another run: {key} is {found.get(key)!r} there, {value!r} here")
+    for name, part in state.parts().items():
+        part.load_state_dict(saved[name])
+    state.epoch, state.history = saved["epoch"], saved["history"]
+
+
+# ---- training and evaluation ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that training does not change, checked before the first step."""
+
+    name: str
+    out: Path
+    model_name: str
+    model_options: dict
+    small_images: bool
+    data: ImageData
+    recipe: Recipe
+    seed: int
+    precision: str
+    compile: bool
+    channels_last: bool
+    limit_train_batches: int | None
+    threads: int | None
+    command: str
+
+    @property
+    def steps_per_epoch(self) -> int:
+        steps = self.data.num_train // self.recipe.batch_size
+        return min(steps, self.limit_train_batches or steps)
+
+    def path(self, suffix: str) -> Path:
+        return self.out / f"{self.name}{suffix}"
+
+    def identity(self) -> dict:
+        """What must be the same for a checkpoint to be continued."""
+        recipe = {**asdict(self.recipe), "milestones": list(self.recipe.milestones)}
+        return {
+            "model": self.model_name,
+            "model_options": self.model_options,
+            "data": self.data.name,
+            "classes": len(self.data.classes),
+            "image_size": self.data.image_size,
+            "small_images": self.small_images,
+            "recipe": recipe,
+            "seed": self.seed,
+            "precision": self.precision,
+            "limit_train_batches": self.limit_train_batches,
+        }
+
+    def build_model(self) -> nn.Module:
+        return build_model(
+            self.model_name,
+            num_classes=len(self.data.classes),
+            small_images=self.small_images,
+            **self.model_options,
+        )
+
+
+def train(
+    model_name: str,
+    data: str | ImageData,
+    recipe: str | Recipe = "fast",
+    seed: int = 0,
+    out: str | Path = "results",
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: bool = True,
+    **settings,
+) -> dict:
+    """Train a network, write its weights and result into the folder `out`, and return the result.
+
+    `data` is a name or what `load_data` returned; `settings` are those of `prepare_run`. Raises ValueError, before any
+    training, for what cannot be meant; FloatingPointError when the training loss is no longer finite.
+    """
+    run = prepare_run(model_name, data, recipe, seed, out, overwrite=overwrite, resume=resume, **settings)
+    return execute_run(run, resume=resume, progress=progress)
+
+
+def prepare_run(
+    model_name: str,
+    data: str | ImageData,
+    recipe: str | Recipe = "fast",
+    seed: int = 0,
+    out: str | Path = "results",
+    *,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    precision: str = "no",
+    compile: bool = False,
+    channels_last: bool = False,
+    limit_train_batches: int | None = None,
+    threads: int | None = None,
+    small_images: bool | None = None,
+    image_size: int | None = None,
+    data_root: str | Path | None = None,
+    download: bool = False,
+    workers: int | None = None,
+    scconv: dict | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> Run:
+    """Check everything that can be checked without training, and load the data.
+
+    `small_images` chooses the stem (default: for images of at most 64 pixels), `scconv` are options of `build_model`,
+    `limit_train_batches` shortens each epoch, `threads` are the processor's. `out` is made where it does not exist.
+    """
+    if model_name not in model_names():
+        raise ValueError(f"model={model_name!r}: must be one of {', '.join(model_names())}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r}: must be one of {', '.join(PRECISIONS)}")
+    if precision == "fp16" and not torch.accelerator.is_available():
+        raise ValueError("precision='fp16': must be no or bf16 where there is no GPU")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: must be at least 0")
+    data_name = data.name if isinstance(data, ImageData) else data
+    overrides = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
+    if isinstance(recipe, str):
+        recipe = build_recipe(recipe, data_name, **overrides)
+    else:
+        recipe = replace(recipe, **{key: value for key, value in overrides.items() if value is not None})
+    counts = {"epochs": recipe.epochs, "batch_size": recipe.batch_size}
+    counts |= {"limit_train_batches": limit_train_batches, "threads": threads}
+    for key, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{key}={value}: must be at least 1")
+    if not (recipe.lr > 0 and math.isfinite(recipe.lr)):
+        raise ValueError(f"lr={recipe.lr}: must be more than 0")
+    named = {**overrides, "image_size": image_size, "limit_train_batches": limit_train_batches}
+    options = dict(scconv or {})
+    parts = [data_name, recipe.name, *label(named), model_name, *label(options), f"seed{seed}"]
+    name = "-".join(parts)
+    out = check_folder(out)
+    check_names_free(out, name, overwrite, resume)
+
+    if not isinstance(data, ImageData):
+        data = load_data(data, root=data_root, image_size=image_size, download=download, workers=workers)
+    if recipe.batch_size > data.num_train:
+        raise ValueError(f"batch_size={recipe.batch_size}: must be at most {data.num_train}, the training images")
+    arguments = {"model": model_name, "data": data_name, "recipe": recipe.name, "seed": seed, **overrides}
+    arguments |= {"precision": precision if precision != "no" else None, "compile": compile}
+    arguments |= {"channels_last": channels_last, "limit_train_batches": limit_train_batches, "threads": threads}
+    arguments |= {"image_size": image_size, "small_images": small_images}
+    run = Run(
+        name=name,
+        out=out,
+        model_name=model_name,
+        model_options=options,
+        small_images=data.image_size <= 64 if small_images is None else small_images,
+        data=data,
+        recipe=recipe,
+        seed=seed,
+        precision=precision,
+        compile=compile,
+        channels_last=channels_last,
+        limit_train_batches=limit_train_batches,
+        threads=threads,
+        command=write_command(arguments, options),
+    )
+    try:
+        with torch.device("meta"):
+            run.build_model()
+    except TypeError as error:
+        raise ValueError(f"scconv={options}: {error}") from error
+    return run
+
+
+def execute_run(run: Run, *, resume: bool = False, progress: bool = True) -> dict:
+    """Train, then write weights and result. See `train`."""
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    accelerator = build_accelerator(run)
+    processes = accelerator.num_processes
+    if run.recipe.batch_size % processes:
+        raise ValueError(f"batch_size={run.recipe.batch_size}: must be a multiple of {processes}, the processes")
+    torch.manual_seed(run.seed)
+    model = run.build_model()
+    shape = (1, 3, run.data.image_size, run.data.image_size)
+    counts = {"params": count_params(model), "macs": count_macs(model, shape)}
+    if run.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    state = build_state(run, model.to(accelerator.device), accelerator)
+    prepared = accelerator.prepare_model(model)
+    if resume and run.path(".checkpoint.pt").exists():
+        load_checkpoint(state, run.path(".checkpoint.pt"), run.identity())
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+    fit(run, state, prepared, accelerator, progress)
+
+    result = write_result(run, state, counts, accelerator) if accelerator.is_main_process else {}
+    accelerator.wait_for_everyone()
+    return result
+
+
+def build_accelerator(run: Run) -> Accelerator:
+    # Accelerate keeps precision and compiler settings for the whole process; a second run would get the first one's.
+    AcceleratorState._reset_state()
+    # dynamic=False: one compilation for the training batches and one for the test batches, neither with open shapes.
+    compiler = TorchDynamoPlugin(backend="inductor" if run.compile else "no", dynamic=False)
+    return Accelerator(mixed_precision=run.precision, dynamo_plugin=compiler)
+
+
+def build_state(run: Run, model: nn.Module, accelerator: Accelerator) -> RunState:
+    recipe = run.recipe
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+    )
+    scheduler = build_schedule(optimizer, recipe, run.steps_per_epoch)
+    return RunState(model, accelerator.prepare_optimizer(optimizer), scheduler, accelerator.scaler)
+
+
+def fit(run: Run, state: RunState, model: nn.Module, accelerator: Accelerator, progress: bool) -> None:
+    """Train `state` from its epoch to the last. `model` is its model as Accelerate prepared it."""
+    data = run.data.to(accelerator.device)
+    recipe, show = run.recipe, progress and accelerator.is_main_process
+    bar = tqdm(
+        total=recipe.epochs * run.steps_per_epoch,
+        initial=state.epoch * run.steps_per_epoch,
+        desc=run.name,
+        disable=None if show else True,  # None: a bar in a terminal, none in a log
+    )
+    with bar:
+        while state.epoch < recipe.epochs:
+            start = time.perf_counter()
+            lr = state.scheduler.get_last_lr()[0]
+            trained = train_epoch(run, state, model, data, accelerator, bar)
+            train_seconds = time.perf_counter() - start
+            if not math.isfinite(trained["loss"]):
+                raise FloatingPointError(f"training loss is {trained['loss']} in epoch {state.epoch + 1}, lr {lr:.6g}")
+            tested = evaluate(model, data, accelerator=accelerator)
+            state.epoch += 1
+            state.history.append(
+                {
+                    "epoch": state.epoch,
+                    "lr": lr,
+                    "train_loss": trained["loss"],
+                    "train_top1": trained["top1"],
+                    "test_loss": tested["loss"],
+                    "test_top1": tested["top1"],
+                    "test_top5": tested["top5"],
+                    "train_seconds": train_seconds,
+                    "seconds": time.perf_counter() - start,
+                }
+            )
+            if accelerator.is_main_process and state.epoch < recipe.epochs:
+                save_checkpoint(state, run.path(".checkpoint.pt"), run.identity())
+            if show:
+                tqdm.write(describe_epoch(state.history[-1], recipe.epochs))
+
+
+def train_epoch(
+    run: Run, state: RunState, model: nn.Module, data: ImageData, accelerator: Accelerator, bar: tqdm
+) -> dict[str, float]:
+    """One pass over the training images: mean loss (label smoothing included) and top-1, as the network saw them."""
+    recipe = run.recipe
+    torch.manual_seed(derive_seed(run.seed, state.epoch, 3))  # for networks with dropout
+    totals = new_totals(accelerator.device)
+    batches = train_batches(
+        data,
+        recipe.batch_size,
+        run.seed,
+        state.epoch,
+        augment=recipe.augment,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        device=accelerator.device,
+    )
+    model.train()
+    for _, (images, labels) in zip(range(run.steps_per_epoch), batches, strict=False):
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        state.optimizer.zero_grad()
+        accelerator.backward(loss)
+        state.optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflow
+            state.scheduler.step()
+        add_to_totals(totals, loss.detach() * len(labels), logits.detach(), labels)
+        bar.update()
+    return means(totals, accelerator)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: ImageData, *, batch_size: int | None = None, accelerator: Accelerator | None = None
+) -> dict[str, float]:
+    """Mean cross-entropy, top-1 and top-5 (fractions) on all test images, in eval mode; the model's mode is kept.
+
+    The data must be on the model's device. With `accelerator` its processes share the images. With fewer than five
+    classes top-5 is 1.
+    """
+    # 500 and 125 divide CIFAR's and Food-101's test sets: one shape for the compiler
+    batch_size = batch_size or (500 if data.image_size <= 64 else 125)
+    device = next(model.parameters()).device
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    totals, was_training = new_totals(device), model.training
+    model.eval()
+    for images, labels in eval_batches(data, batch_size, rank=rank, world=world, device=device):
+        logits = model(images)
+        add_to_totals(totals, F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
+    model.train(was_training)
+    return means(totals, accelerator)
+
+
+def new_totals(device: torch.device) -> Tensor:
+    """Sums of loss, top-1 hits, top-5 hits, and the number of images, on the device: no step waits for them."""
+    return torch.zeros(4, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+
+
+def add_to_totals(totals: Tensor, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
+    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (N, 5)
+    totals += torch.stack([loss_sum, hits[:, 0].sum(), hits.sum(), labels.new_tensor(len(labels))]).to(totals.dtype)
+
+
+def means(totals: Tensor, accelerator: Accelerator | None) -> dict[str, float]:
+    if accelerator is not None:
+        totals = accelerator.reduce(totals, "sum")
+    loss, top1, top5, count = totals.tolist()
+    return {"loss": loss / count, "top1": top1 / count, "top5": top5 / count}
+
+
+def describe_epoch(row: dict, epochs: int) -> str:
+    return (
+        f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.4g}  train loss {row['train_loss']:.4f}"
+        f"  test loss {row['test_loss']:.4f}  top-1 {row['test_top1']:.4f}  {row['seconds']:.1f} s"
+    )
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def check_folder(out: str | Path) -> Path:
+    """Make the folder, and write to it, before anything is trained for it."""
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(b"scconv")
+    except OSError as error:
+        raise ValueError(f"out={str(out)!r}: must be a folder that can be written ({error.strerror or error})") from error
+    return out
+
+
+def check_names_free(out: Path, name: str, overwrite: bool, resume: bool) -> None:
+    result, checkpoint = out / f"{name}.json", out / f"{name}.checkpoint.pt"
+    if result.exists() and not overwrite:
+        raise ValueError(f"out: {result} exists; replace it with overwrite=True (--overwrite), or take another folder")
+    if checkpoint.exists() and not (overwrite or resume):
+        raise ValueError(
+            f"out: {checkpoint} exists; go on from it with resume=True (--resume), or start again with overwrite=True "
+            "(--overwrite)"
+        )
+
+
+def write_result(run: Run, state: RunState, counts: dict, accelerator: Accelerator) -> dict:
+    """Write the weights, then the result, so that where a result is, its weights are; then drop the checkpoint."""
+    tensors = {key: value.cpu().contiguous() for key, value in state.model.state_dict().items()}
+    weights = safetensors.torch.save(tensors)
+    with atomic_file(run.path(".safetensors")) as file:
+        file.write(weights)
+    digest = hashlib.sha256(weights).hexdigest()
+    result = describe_run(run, state.history, counts, accelerator.device, digest)
+    with atomic_file(run.path(".json")) as file:
+        file.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    run.path(".checkpoint.pt").unlink(missing_ok=True)
+    return result
+
+
+def describe_run(run: Run, history: list[dict], counts: dict, device: torch.device, weights_sha256: str) -> dict:
+    """The result file's content. It names no folder and no machine."""
+    last, data = history[-1], run.data
+    # The first epoch compiles and warms up: where there are others, the speed is theirs.
+    timed = history[1:] or history
+    images = len(timed) * run.steps_per_epoch * run.recipe.batch_size
+    return {
+        "format": FORMAT,
+        "name": run.name,
+        "model": run.model_name,
+        "model_options": run.model_options,
+        "small_images": run.small_images,
+        "data": {
+            "name": data.name,
+            "classes": len(data.classes),
+            "image_size": data.image_size,
+            "train_images": data.num_train,
+            "test_images": data.num_test,
+            "mean": data.mean,
+            "std": data.std,
+        },
+        "recipe": asdict(run.recipe),
+        "limit_train_batches": run.limit_train_batches,
+        "seed": run.seed,
+        "history": history,
+        "test": {"loss": last["test_loss"], "top1": last["test_top1"], "top5": last["test_top5"]},
+        **counts,
+        "seconds": sum(row["seconds"] for row in history),
+        "train_seconds": sum(row["train_seconds"] for row in history),
+        "images_per_second": images / sum(row["train_seconds"] for row in timed),
+        "peak_memory_mib": peak_memory_mib(device),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "torchvision", "accelerate", "scconv")},
+            "platform": f"{platform.system()} {platform.machine()}",
+        },
+        "device": {"name": device_name(device), "threads": torch.get_num_threads()},
+        "precision": run.precision,
+        "compile": run.compile,
+        "channels_last": run.channels_last,
+        "commit": find_commit(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": run.command,
+        "weights": {"file": run.path(".safetensors").name, "sha256": weights_sha256},
+    }
+
+
+def load_trained(path: str | Path) -> nn.Module:
+    """The trained network, in eval mode, of a result file `<name>.json`, from the weights beside it.
+
+    Raises ValueError when the weights are not the ones that the run wrote.
+    """
+    path = Path(path)
+    result = json.loads(path.read_text())
+    weights = path.with_name(result["weights"]["file"]).read_bytes()
+    if hashlib.sha256(weights).hexdigest() != result["weights"]["sha256"]:
+        raise ValueError(f"{path.with_name(result['weights']['file'])}: not the weights that {path.name} describes")
+    model = build_model(
+        result["model"],
+        num_classes=result["data"]["classes"],
+        small_images=result["small_images"],
+        **result["model_options"],
+    )
+    model.load_state_dict(safetensors.torch.load(weights))
+    return model.eval()
+
+
+def label(values: dict) -> list[str]:
+    return [f"{key}_{value}" for key, value in values.items() if value is not None]
+
+
+def write_command(arguments: dict, options: dict) -> str:
+    words = ["python -m scconv.train"]
+    for key, value in arguments.items():
+        flag = "--" + key.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif value is False and key == "small_images":
+            words.append("--no-small-images")
+        elif value is not None and value is not False:
+            words.append(f"{flag} {value}")
+    return " ".join(words + [f"--scconv {key}={value}" for key, value in options.items()])
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """MiB: on CUDA what was allocated at most during the run, else what the process held at most since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or device.type
+
+
+def find_commit() -> str | None:
+    """The commit of the checkout that this file is in, with -dirty for local changes; None where there is none."""
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parent)]
+    try:
+        # a package installed inside another repository is not that repository's
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True, timeout=30)
+        command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, check=True, capture_output=True, timeout=30, text=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+# ---- command line --------------------------------------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, without the usage text before an error."""
+
+    def error(self, message: str):
+        self.exit(2, f"scconv.train: error: {message}\n")
+
+
+def parse_option(text: str) -> tuple[str, object]:
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be KEY=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def build_parser() -> OneLineParser:
+    parser = OneLineParser(prog="python -m scconv.train", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--model", required=True, metavar="NAME", help=", ".join(model_names()))
+    parser.add_argument("--data", required=True, metavar="NAME", help=", ".join(DATA_NAMES))
+    parser.add_argument("--recipe", default="fast", metavar="NAME", help=f"{', '.join(RECIPES)} (default: fast)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="results", metavar="FOLDER", help="where the result goes (default: results)")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--precision", default="no", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: no)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser.add_argument("--channels-last", action="store_true", help="memory format of the network")
+    parser.add_argument("--limit-train-batches", type=int, metavar="N", help="use only the first N of each epoch")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the processor, for one operation")
+    parser.add_argument(
+        "--small-images",
+        action=argparse.BooleanOptionalAction,
+        help="a stem that keeps the resolution (default: for images of at most 64 pixels)",
+    )
+    parser.add_argument("--image-size", type=int, metavar="PIXELS")
+    parser.add_argument("--data-root", metavar="FOLDER", help="where the sets are (default: SCCONV_DATA, else ./data)")
+    parser.add_argument("--download", action="store_true", help="fetch a set that is not there")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that decode photographs")
+    parser.add_argument(
+        "--scconv",
+        type=parse_option,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of SCConv, such as gate=hard; may be repeated",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a result of the same name")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0, or 3 when the loss was no longer finite; exits with 2 on misuse."""
+    parser = build_parser()
+    given = vars(parser.parse_args(arguments))
+    given["scconv"] = dict(given["scconv"])
+    try:
+        run = prepare_run(given.pop("model"), **given)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        result = execute_run(run, resume=given["resume"])
+    except FloatingPointError as error:
+        print(f"scconv.train: {error}", file=sys.stderr)
+        return 3
+    if result:
+        print(f"{run.path('.json')}: test top-1 {result['test']['top1']:.4f}, {result['seconds']:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
