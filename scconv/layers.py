@@ -71,6 +71,7 @@ class SRU(nn.Module):
         """z = W_γ · GN(X), the sigmoid's argument in Eq. (3); (N, C, H, W), in float32 or wider."""
         wide = _at_least_float32(x)
         gamma, beta = self.gn.weight.to(wide.dtype), self.gn.bias.to(wide.dtype)
+        # By function, since the module would compute in x's precision; so hooks on `gn` do not fire, those on SRU do.
         x_out = F.group_norm(wide, self.gn.num_groups, gamma, beta, self.gn.eps)  # (1)
         w_gamma = gamma / gamma.sum()  # (2)
         return w_gamma.view(1, -1, 1, 1) * x_out

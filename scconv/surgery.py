@@ -109,7 +109,7 @@ def _swap(model: nn.Module, build: Callable[[nn.Conv2d], nn.Module], where) -> S
 
 def _convolutions(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str, str, nn.Conv2d]]:
     """Each use of a convolution outside SCConv layers: its parent, its name there, its full name, itself."""
-    for child_name, child in module.named_children():
+    for child_name, child in module._modules.items():  # named_children() would hide a second use
         name = f"{prefix}{child_name}"
         if isinstance(child, nn.Conv2d):
             yield module, child_name, name, child

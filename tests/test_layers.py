@@ -1,0 +1,407 @@
+"""SRU, CRU and SCConv against the published implementation's numbers, hand-worked cases, and second formulas."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+from scconv import CRU, SRU, SCConv
+from scconv.layers import ORDERS, ChannelError, convert_published_state_dict
+
+ORACLES = Path(__file__).parent / "oracles"
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def spread_affine(layer: nn.Module, seed: int = 1) -> nn.Module:
+    """Move γ and β away from 1 and 0, where many mistakes would not show."""
+    for module in layer.modules():
+        if isinstance(module, nn.GroupNorm):
+            with torch.no_grad():
+                module.weight.copy_(0.2 + randn(module.num_channels, seed=seed).abs())
+                module.bias.copy_(randn(module.num_channels, seed=seed + 1))
+    return layer
+
+
+# ---- against the published implementation ----
+
+
+@pytest.mark.parametrize("name", ["soft-c32", "soft-c64-alpha75"])
+def test_equals_the_published_implementation(name):
+    oracle = {key: value for key, value in np.load(ORACLES / f"{name}.npz", allow_pickle=False).items()}
+    config = json.loads(str(oracle["config"]))
+    tensor = {key: torch.from_numpy(value) for key, value in oracle.items() if key != "config"}
+    layer = SCConv(
+        config["channels"], config["channels"], config["kernel_size"], alpha=config["alpha"], bias=True,
+        squeeze_ratio=config["squeeze_ratio"], groups=config["group_size"], gn_groups=config["group_num"],
+        gate="soft", gate_threshold=config["threshold"], fusion="global", dtype=torch.float64,
+    )  # fmt: skip
+    published = {key.removeprefix("param."): value for key, value in tensor.items() if key.startswith("param.")}
+    layer.load_state_dict(convert_published_state_dict(published))
+    x = tensor["x"].requires_grad_()
+    reconstructed = layer.sru(x)
+    y = layer(x)
+    (y * tensor["v"]).sum().backward()
+
+    exact = {"rtol": 0, "atol": 1e-10}
+    assert_close(reconstructed, tensor["sru"], **exact)
+    assert_close(y, tensor["y"], **exact)
+    assert_close(x.grad, tensor["grad_x"], **exact)
+    gradients = {key.removeprefix("grad."): value for key, value in tensor.items() if key.startswith("grad.")}
+    gradients = convert_published_state_dict(gradients)
+    assert gradients.keys() == dict(layer.named_parameters()).keys()
+    for key, parameter in layer.named_parameters():
+        assert_close(parameter.grad, gradients[key], msg=key, **exact)
+
+
+def test_published_names_inside_a_network_and_of_its_own_group_norm():
+    state = {"layer1.0.SRU.gn.weight": torch.ones(8, 1, 1), "layer1.0.CRU.PWC2.weight": torch.ones(2, 2, 1, 1),
+             "layer1.0.conv1.weight": torch.ones(1)}  # fmt: skip
+    converted = convert_published_state_dict(state)
+    assert list(converted) == ["layer1.0.sru.gn.weight", "layer1.0.cru.pwc_low.weight", "layer1.0.conv1.weight"]
+    assert converted["layer1.0.sru.gn.weight"].shape == (8,)
+    with pytest.raises(ValueError, match="no name has a part 'SRU' or 'CRU'"):
+        convert_published_state_dict({"fc.weight": torch.ones(1)})
+
+
+# ---- hand-worked ----
+
+
+def two_channel_sru(gate: str) -> SRU:
+    """One group over the values 1, 3, 5, 7: mean 4, variance 5. γ = (1, 3), so w_γ = (1/4, 3/4)."""
+    sru = SRU(2, gn_groups=1, gate=gate, eps=0.0, dtype=torch.float64)
+    with torch.no_grad():
+        sru.gn.weight.copy_(torch.tensor([1.0, 3.0]))
+    return sru
+
+
+X = torch.tensor([1.0, 3.0, 5.0, 7.0], dtype=torch.float64).view(1, 2, 1, 2)
+
+
+def test_sru_by_hand_hard():
+    # Channel 0 lies below the mean, so it is non-informative everywhere; channel 1 above, so informative everywhere.
+    # X^w1 = W1·X (channel 0) + W2·X (channel 1) = 0 + 0; X^w2 = W2·X (channel 0) + W1·X (channel 1) = x0 + x1.
+    assert_close(two_channel_sru("hard")(X).flatten().tolist(), [0.0, 0.0, 1.0 + 5.0, 3.0 + 7.0])
+
+
+def test_sru_by_hand_soft():
+    # z of channel 0 is w·γ·(x - 4)/√5 = (1/4)(-3, -1)/√5; there both W1 and W2 keep the sigmoid's value.
+    left, right = (1 / (1 + math.exp(-(1 / 4) * deviation / math.sqrt(5))) for deviation in (-3, -1))
+    expected = [left * 1, right * 3, left * 1 + 5, right * 3 + 7]
+    assert_close(two_channel_sru("soft")(X).flatten().tolist(), expected)
+
+
+@pytest.mark.parametrize("fusion", ["branch", "global"])
+def test_cru_by_hand(fusion):
+    """Four channels, one position: X_up = 1 + 2 = 3, X_low = 3 - 4 = -1."""
+    cru = CRU(4, 4, groups=1, fusion=fusion, dtype=torch.float64)
+    with torch.no_grad():
+        cru.squeeze_up.weight.copy_(torch.tensor([1.0, 1.0]).view(1, 2, 1, 1))
+        cru.squeeze_low.weight.copy_(torch.tensor([1.0, -1.0]).view(1, 2, 1, 1))
+        cru.gwc.weight[:, 0, 1, 1] = torch.tensor([1.0, 0.0, 2.0, 0.0])  # only the centre meets a 1×1 image
+        cru.pwc_up.weight.copy_(torch.tensor([0.0, 1.0, -1.0, 0.0]).view(4, 1, 1, 1))
+        cru.pwc_low.weight.copy_(torch.tensor([2.0, 0.0, 1.0]).view(3, 1, 1, 1))
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64).view(1, 4, 1, 1)
+    y1, y2 = [3.0, 3.0, 3.0, 0.0], [-2.0, 0.0, -1.0, -1.0]  # pooling one position changes nothing: S = Y
+    pairs = list(zip(y1, y2, strict=True))
+    over_all = sum(math.exp(s) for s in y1 + y2)
+    totals = [math.exp(a) + math.exp(b) if fusion == "branch" else over_all for a, b in pairs]
+    expected = [(math.exp(a) * a + math.exp(b) * b) / t for (a, b), t in zip(pairs, totals, strict=True)]
+    assert_close(cru(x).flatten().tolist(), expected)
+
+
+# ---- properties of the equations ----
+
+
+def test_soft_and_hard_gate_weights():
+    x = randn(2, 16, 5, 5)
+    soft, hard = (spread_affine(SRU(16, gate=gate, dtype=torch.float64)) for gate in ("soft", "hard"))
+    z = soft.gate_logits(x)
+    above = torch.sigmoid(z) > 0.5
+    assert 0.2 < above.double().mean() < 0.8
+    w1, w2 = soft.gate_weights(x)
+    assert (w1[above] == 1).all()
+    assert (w2[above] == 0).all()
+    assert_close(w1[~above], torch.sigmoid(z)[~above])
+    assert_close(w2[~above], torch.sigmoid(z)[~above])
+    h1, h2 = hard.gate_weights(x)
+    assert torch.equal(h1, above.double())
+    assert torch.equal(h1 + h2, torch.ones_like(x))
+
+
+def test_gate_weights_follow_equations_1_to_3_written_out():
+    x = randn(3, 8, 4, 6)
+    sru = spread_affine(SRU(8, gn_groups=2, gate_threshold=0.6, dtype=torch.float64))
+    groups = x.reshape(3, 2, -1)
+    normal = (groups - groups.mean(2, keepdim=True)) / (groups.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
+    gamma, beta = sru.gn.weight, sru.gn.bias
+    x_out = gamma.view(8, 1, 1) * normal.view_as(x) + beta.view(8, 1, 1)
+    weight = 1 / (1 + torch.exp(-(gamma / gamma.sum()).view(8, 1, 1) * x_out))
+    w1, w2 = sru.gate_weights(x)
+    assert (weight > 0.6).any()
+    assert_close(w1, torch.where(weight > 0.6, 1.0, weight))
+    assert_close(w2, torch.where(weight > 0.6, 0.0, weight))
+
+
+@pytest.mark.parametrize("order", ["scconv", "cru"])
+def test_branch_fusion_weights_sum_to_one_per_channel(order):
+    cru = SCConv(32, 48, order=order, dtype=torch.float64).cru
+    beta1, beta2 = cru.fusion_weights(*cru.transform(randn(2, 32, 6, 6)))
+    assert beta1.shape == (2, 48, 1, 1)
+    assert_close(beta1 + beta2, torch.ones(2, 48, 1, 1, dtype=torch.float64))
+
+
+def test_global_fusion_weights_sum_to_one_over_both_branches():
+    cru = CRU(32, 48, fusion="global", dtype=torch.float64)
+    beta1, beta2 = cru.fusion_weights(*cru.transform(randn(2, 32, 6, 6)))
+    assert_close((beta1 + beta2).sum(1), torch.ones(2, 1, 1, dtype=torch.float64))
+
+
+def test_without_pwc2_the_lower_branch_is_the_squeezed_input():
+    cru = CRU(128, 32, dtype=torch.float64)  # DenseNet's 128 → 32 at α = 1/2: (1 - α)C1/r = C2
+    x = randn(1, 128, 4, 4)
+    assert cru.pwc_low is None
+    assert_close(cru.transform(x)[1], cru.squeeze_low(x[:, 64:]))
+
+
+@pytest.mark.parametrize("stride", [2, 3, (1, 2)])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_a_stride_keeps_every_stride_th_position_of_both_branches(stride, dilation):
+    dense = CRU(16, 24, dilation=dilation, dtype=torch.float64)
+    strided = CRU(16, 24, stride=stride, dilation=dilation, dtype=torch.float64)
+    strided.load_state_dict(dense.state_dict())
+    x = randn(2, 16, 9, 7)
+    rows, columns = strided.stride
+    for full, part in zip(dense.transform(x), strided.transform(x), strict=True):
+        assert_close(part, full[:, :, ::rows, ::columns])
+
+
+def test_other_paddings_keep_the_branches_aligned():
+    same, valid, wide = (CRU(16, 16, padding=padding, dtype=torch.float64) for padding in (None, 0, 2))
+    valid.load_state_dict(same.state_dict())
+    wide.load_state_dict(same.state_dict())
+    x = randn(1, 16, 7, 6)
+    for middle, whole in zip(valid.transform(x), same.transform(x), strict=True):
+        assert_close(middle, whole[:, :, 1:-1, 1:-1])
+    for padded, whole in zip(wide.transform(x), same.transform(F.pad(x, (1, 1, 1, 1))), strict=True):
+        assert_close(padded, whole)
+
+
+def test_orders_are_the_units_in_the_papers_words():
+    x = randn(1, 16, 5, 5)
+    layers = {order: SCConv(16, 16, order=order, dtype=torch.float64) for order in ORDERS}
+    for order, layer in layers.items():
+        parts = {"scconv": ["sru", "cru"], "cru_sru": ["sru", "cru"], "parallel": ["sru", "cru"],
+                 "cru": ["cru"], "sru": ["sru", "conv"]}[order]  # fmt: skip
+        assert [name for name, _ in layer.named_children()] == parts
+    sc, cs, both = layers["scconv"], layers["cru_sru"], layers["parallel"]
+    assert_close(sc(x), sc.cru(sc.sru(x)))
+    assert_close(cs(x), cs.sru(cs.cru(x)))
+    assert_close(both(x), both.cru(x) + both.sru(x))
+    assert_close(layers["sru"](x), layers["sru"].conv(layers["sru"].sru(x)))
+
+
+@pytest.mark.parametrize("gate", ["soft", "hard"])
+@pytest.mark.parametrize("fusion", ["branch", "global"])
+def test_gradients_are_those_of_finite_differences(gate, fusion):
+    layer = spread_affine(SCConv(8, 8, stride=2, gate=gate, fusion=fusion, gn_groups=2, dtype=torch.float64))
+    x = randn(2, 8, 4, 3)
+    assert layer.sru.gate_logits(x).abs().min() > 1e-4  # no logit so near the gate's jump that a step would cross it
+    assert torch.autograd.gradcheck(layer, (x.requires_grad_(),), eps=1e-6, atol=1e-7)
+
+
+# ---- every parameter learns ----
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_parameter_gets_a_gradient_with_the_soft_gate(order):
+    layer = SCConv(16, 16, order=order, bias=True)
+    layer(randn(2, 16, 6, 6, dtype=torch.float32)).square().sum().backward()
+    assert [name for name, p in layer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_the_hard_gate_leaves_the_group_norm_without_gradient():
+    # γ and β act only through the comparison z > 0, which is piecewise constant: their derivative is zero.
+    layer = SCConv(16, 16, gate="hard")
+    layer(randn(2, 16, 6, 6, dtype=torch.float32)).square().sum().backward()
+    assert [name for name, p in layer.named_parameters() if p.grad is None] == ["sru.gn.weight", "sru.gn.bias"]
+
+
+# ---- shapes: what nn.Conv2d gives ----
+
+SHAPES = [
+    pytest.param((8, 8), {}, (1, 8, 1, 1), id="minimal: one position"),
+    pytest.param((16, 16), {}, (2, 16, 7, 5), id="odd and not square"),
+    pytest.param((16, 16), {"stride": 2, "padding": 1}, (1, 16, 8, 8), id="stride 2, even"),
+    pytest.param((16, 16), {"stride": 2, "padding": 1}, (1, 16, 9, 7), id="stride 2, odd"),
+    pytest.param((128, 32), {"padding": 1}, (1, 128, 4, 4), id="DenseNet's 128 to 32, no PWC2"),
+    pytest.param((16, 64), {"padding": 1}, (1, 16, 4, 4), id="widening"),
+    pytest.param((16, 16), {"padding": 2, "dilation": 2}, (1, 16, 8, 8), id="dilation"),
+    pytest.param((16, 16), {"padding": 0}, (1, 16, 8, 8), id="no padding"),
+    pytest.param((16, 16), {"padding": 3}, (1, 16, 8, 8), id="padding beyond the kernel"),
+    pytest.param((16, 16), {"kernel_size": 5, "padding": 2}, (1, 16, 8, 8), id="5×5"),
+    pytest.param((16, 16), {"kernel_size": (1, 3), "padding": (0, 1), "stride": (2, 1)}, (1, 16, 8, 8), id="pairs"),
+]
+
+
+@pytest.mark.parametrize(("channels", "arguments", "shape"), SHAPES)
+def test_output_shape_is_the_convolutions(channels, arguments, shape):
+    arguments = {"kernel_size": 3, "padding": 1, **arguments}
+    x = randn(*shape, dtype=torch.float32)
+    assert SCConv(*channels, **arguments)(x).shape == nn.Conv2d(*channels, **arguments)(x).shape
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    width=st.integers(1, 6), out_width=st.integers(1, 6), kernel=st.sampled_from([1, 3, 5]), stride=st.integers(1, 3),
+    padding=st.integers(0, 3), dilation=st.integers(1, 2), height=st.integers(1, 12), columns=st.integers(1, 12),
+    batch=st.integers(1, 3), alpha=st.sampled_from([0.25, 0.5, 0.75]), order=st.sampled_from(ORDERS),
+)  # fmt: skip
+def test_any_geometry_is_the_convolutions(
+    width, out_width, kernel, stride, padding, dilation, height, columns, batch, alpha, order
+):
+    channels, out_channels = 16 * width, 16 * width if order == "parallel" else 16 * out_width
+    arguments = {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    reach = dilation * (kernel - 1)
+    x = randn(batch, channels, max(height, reach + 1), max(columns, reach + 1), dtype=torch.float32)
+    try:
+        layer = SCConv(channels, out_channels, alpha=alpha, order=order, **arguments)
+    except ChannelError:
+        assert (1 - alpha) * channels / 2 > out_channels
+        return
+    assert layer(x).shape == nn.Conv2d(channels, out_channels, **arguments)(x).shape
+
+
+# ---- precision ----
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.01), (torch.float16, 0.002)])
+@pytest.mark.parametrize("channels", [64, 128, 256, 512])
+def test_low_precision_keeps_the_gates_decision(dtype, tolerance, channels):
+    x = randn(8, channels, 8, 8, dtype=torch.float32)
+    sru = SRU(channels)
+    exact = sru(x)
+    low = copy.deepcopy(sru).to(dtype)(x.to(dtype))
+    assert low.dtype == dtype
+    assert (low.float() - exact).norm() / exact.norm() < tolerance
+    # On the same rounded input the decision is bit for bit that of float32.
+    rounded = x.to(dtype)
+    decisions = [unit.gate_weights(rounded)[0] == 1 for unit in (sru, copy.deepcopy(sru).to(dtype))]
+    assert torch.equal(*decisions)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fusion", ["branch", "global"])
+def test_autocast_and_conversion_stay_near_float32(dtype, fusion):
+    layer = SCConv(64, 64, fusion=fusion)
+    x = randn(2, 64, 8, 8, dtype=torch.float32)
+    exact = layer(x)
+    with torch.autocast("cpu", dtype=dtype):
+        under_autocast = layer(x)
+    converted = copy.deepcopy(layer).to(dtype)(x.to(dtype))
+    for low in (under_autocast, converted):
+        assert low.dtype == dtype
+        assert (low.float() - exact).norm() / exact.norm() < 0.03
+
+
+# ---- where it has to run ----
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("gate", ["soft", "hard"])
+def test_compiles_to_one_graph(order, gate):
+    torch.compiler.reset()  # one test must not use up the recompilations of the next
+    layer = SCConv(16, 16, stride=2, order=order, gate=gate)
+    x = randn(2, 16, 7, 7, dtype=torch.float32).requires_grad_()
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    assert_close(y, layer(x))
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def test_exports_with_a_free_batch_size():
+    layer = SCConv(16, 16)
+    x = randn(2, 16, 7, 7, dtype=torch.float32)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=1, max=64)},))
+    other = randn(5, 16, 7, 7, seed=3, dtype=torch.float32)
+    assert_close(program.module()(other), layer(other))
+
+
+def test_channels_last_in_channels_last_out():
+    layer = SCConv(16, 32, stride=2)
+    x = randn(2, 16, 8, 8, dtype=torch.float32)
+    y = copy.deepcopy(layer).to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_close(y, layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_meta_device_and_deepcopy():
+    assert SCConv(16, 32, stride=2, device="meta")(torch.empty(2, 16, 9, 9, device="meta")).shape == (2, 32, 5, 5)
+    layer = SCConv(16, 16)
+    twin = copy.deepcopy(layer)
+    assert_close(twin(x := randn(1, 16, 4, 4, dtype=torch.float32)), layer(x))
+    assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in layer.parameters()}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_trains_under_ddp_without_unused_parameters(order, tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        layer = nn.parallel.DistributedDataParallel(SCConv(16, 16, order=order))
+        for _ in range(2):  # DDP complains about unused parameters in the second step
+            layer(randn(2, 16, 4, 4, dtype=torch.float32)).sum().backward()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_carries_a_convolutions_attributes():
+    layer = SCConv(16, 32, 3, 2, padding=1)
+    conv = nn.Conv2d(16, 32, 3, 2, padding=1)
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"):
+        assert getattr(layer, name) == getattr(conv, name)
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: SRU(7, gn_groups=1), "channels=7: cross-reconstruction needs an even number"),
+        (lambda: SRU(6), "channels=6: must be divisible by gn_groups=4"),
+        (lambda: SRU(0), "channels=0: must be a whole number of at least 1"),
+        (lambda: SRU(8, gate="firm"), "gate='firm': must be one of soft, hard"),
+        (lambda: SRU(8, gate_threshold=1.0), "gate_threshold=1.0: must lie between 0 and 1"),
+        (lambda: SCConv(16, 16, gn_groups=0), "gn_groups=0: must be a whole number of at least 1"),
+        (lambda: SCConv(16, 16, alpha=1), "alpha=1: must lie between 0 and 1"),
+        (lambda: SCConv(16, 16, alpha=0.0), "alpha=0.0: must lie between 0 and 1"),
+        (lambda: SCConv(16, 16, fusion="sum"), "fusion='sum': must be one of branch, global"),
+        (lambda: SCConv(16, 16, order="both"), "order='both': must be one of"),
+        (lambda: SCConv(16, 16, groups=3), "groups=3: must divide the 4 squeezed upper channels and out_channels=16"),
+        (lambda: SCConv(16, 15), "groups=2: must divide the 4 squeezed upper channels and out_channels=15"),
+        (lambda: SCConv(4, 4, squeeze_ratio=4), "squeeze_ratio=4 leave 0 upper and 0 lower channels"),
+        (lambda: SCConv(128, 32, alpha=0.25), "out_channels=32: must be at least"),
+        (lambda: SCConv(16, 32, order="parallel"), "order='parallel' adds"),
+        (lambda: SCConv(16, 16, 4), "must be odd"),
+        (lambda: SCConv(16, 16, stride=0), "stride=0: must be a whole number of at least 1, or a pair"),
+        (lambda: SCConv(16, 16, padding=-1), "padding=-1: must be a whole number of at least 0"),
+        (lambda: SCConv(16, 16)(torch.zeros(1, 8, 4, 4)), r"input of shape \(1, 8, 4, 4\): must be \(N, 16, H, W\)"),
+        (lambda: CRU(16, 16)(torch.zeros(16, 4, 4)), r"input of shape \(16, 4, 4\): must be \(N, 16, H, W\)"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named_in_one_line(build, message):
+    with pytest.raises(ValueError, match=message) as error:
+        build()
+    assert "\n" not in str(error.value)

@@ -1,0 +1,130 @@
+"""The networks: exact parameter counts, shapes, learning, and weights from a file."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from scconv import SCConv
+from scconv.complexity import count_params
+from scconv.models import build_model, model_names
+
+
+def on_meta(*arguments, **keywords) -> nn.Module:
+    """A network without data: counting needs none, and it is there at once."""
+    with torch.device("meta"):
+        return build_model(*arguments, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "small", "params"),
+    [
+        # issued with the paper's equations, group norm included
+        ("resnet34_appended_scconv", 4, False, 23_577_220),
+        ("scconv_resnet50", 1000, False, 16_526_504),
+        ("scconv_resnet50", 100, True, 14_674_724),
+        ("scconv_densenet121", 1000, False, 6_419_816),
+        ("scconv_resnet101", 1000, False, 27_519_656),
+        # torchvision's own documentation
+        ("resnet34", 1000, False, 21_797_672),
+        ("resnet50", 1000, False, 25_557_032),
+        ("resnet101", 1000, False, 44_549_160),
+        ("densenet121", 1000, False, 7_978_856),
+        # He et al., table 6: 0.27M, 0.46M, 0.85M; the exact figures follow from its layer list
+        ("resnet20", 10, True, 269_722),
+        ("resnet32", 10, True, 464_154),
+        ("resnet56", 10, True, 853_018),
+    ],
+)
+def test_parameters_exactly(name, classes, small, params):
+    assert count_params(on_meta(name, classes, small)) == params
+
+
+def test_every_appended_layer_has_the_published_parameters():
+    with (Path(__file__).parent / "oracles" / "resnet34_added_layers.csv").open() as file:
+        published = [int(row["params"]) for row in csv.DictReader(file) if row["layer"] == "ScConv"]
+    model = on_meta("resnet34_appended_scconv", 4)
+    ours = [count_params(module) for module in model.modules() if isinstance(module, SCConv)]
+    assert ours == published
+    assert len(ours) == 16
+
+
+def test_names_are_unique_and_every_unit_of_every_family_builds():
+    assert len(set(model_names())) == len(model_names()) == 6 * 7 + 1
+    expected = {"scconv": 58, "cru": 58, "sru": 58, "cru_sru": 58, "parallel": 0}  # X^w + CRU: 128 + 32 channels
+    for order, count in expected.items():
+        for base, layers in (("densenet121", count), ("resnet20", 18 if order != "parallel" else 16)):
+            model = on_meta(f"{order}_{base}")
+            assert [m.order for m in model.modules() if isinstance(m, SCConv)] == [order] * layers, (order, base)
+
+
+@pytest.mark.parametrize(
+    ("name", "replaced"), [("resnet50", 16), ("resnet101", 33), ("densenet121", 58), ("resnet20", 18)]
+)
+def test_replaces_every_3x3_but_the_stem(name, replaced):
+    model = on_meta(f"scconv_{name}", 10, True)
+    assert sum(isinstance(module, SCConv) for module in model.modules()) == replaced
+
+
+@pytest.mark.parametrize("name", ["resnet20", "scconv_resnet20", "scconv_resnet50", "scconv_densenet121"])
+def test_small_networks_learn_in_every_parameter(name):
+    model = build_model(name, 10, small_images=True)
+    logits = model(torch.randn(2, 3, 16, 16))
+    assert logits.shape == (2, 10)
+    nn.functional.cross_entropy(logits, torch.tensor([1, 2])).backward()
+    assert [key for key, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_scconv_is_initialised_as_the_rest_of_its_network():
+    # He: variance 2 / fan; torchvision's ResNet takes the fan-out, its DenseNet the fan-in
+    torch.manual_seed(0)
+    gwc = build_model("scconv_resnet50", small_images=True).layer4[0].conv2.cru.gwc.weight
+    assert gwc.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.02)
+    gwc = build_model("scconv_densenet121").features.denseblock4.denselayer1.conv2.cru.gwc.weight
+    assert gwc.std().item() == pytest.approx((2 / (16 * 9)) ** 0.5, rel=0.05)
+
+
+def test_options_reach_the_layers():
+    model = build_model("scconv_resnet20", gate="hard", alpha=0.75)
+    layers = [module for module in model.modules() if isinstance(module, SCConv)]
+    assert {(layer.sru.gate, layer.cru.alpha) for layer in layers} == {("hard", 0.75)}
+
+
+def test_weights_from_a_file(tmp_path):
+    model = build_model("scconv_resnet20", 10)
+    save_file({key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()},
+              tmp_path / "w.safetensors")  # fmt: skip
+    loaded = build_model("scconv_resnet20", 10, weights=tmp_path / "w.safetensors")
+    for key, value in loaded.state_dict().items():
+        expected = model.state_dict()[key]
+        assert torch.equal(value, expected.half().float() if expected.is_floating_point() else expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "message"),
+    [
+        (("resnet51",), {}, r"name='resnet51': must be one of resnet34, resnet50"),
+        (("resnet50", 0), {}, "num_classes=0: must be a whole number"),
+        (("resnet50",), {"alpha": 0.5}, "alpha: resnet50 has no SCConv"),
+        (("scconv_resnet20",), {"gate": "firm"}, "gate='firm': must be one of soft, hard"),
+    ],
+)
+def test_bad_input_is_named_in_one_line(arguments, keywords, message):
+    with pytest.raises(ValueError, match=message) as error:
+        build_model(*arguments, **keywords)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    save_file(build_model("resnet20", 10).state_dict(), tmp_path / "ten.safetensors")
+    with pytest.raises(ValueError, match=r"num_classes=100: the weights in ten\.safetensors are for 10 classes"):
+        build_model("resnet20", 100, weights=tmp_path / "ten.safetensors")
+    with pytest.raises(ValueError, match=r"weights='ten\.safetensors': do not fit resnet32, \d+ entries differ"):
+        build_model("resnet32", 10, weights=tmp_path / "ten.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "ten.safetensors").read_bytes()[:1000])
+    for name in ("cut.safetensors", "absent.safetensors"):
+        with pytest.raises(ValueError, match="not a readable safetensors file"):
+            build_model("resnet20", 10, weights=tmp_path / name)
