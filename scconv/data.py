@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR100, Food101
 from torchvision.transforms import v2
 
-DATA_NAMES = ("digits", "cifar100", "food101")
+IMAGE_SIZES = {"digits": 32, "cifar100": 32, "food101": 224}  # pixels, unless another size is asked for
+DATA_NAMES = tuple(IMAGE_SIZES)
 PADDING = 4  # pixels; paper, section 4.1: random crop with 4-pixel padding
 # Mean and standard deviation of ImageNet's training set, as torchvision's documentation gives them for its models.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -105,21 +106,23 @@ def load_data(
 ) -> ImageData:
     """Load one of `DATA_NAMES`.
 
-    `image_size` is the side in pixels: any from 8 for `digits` (default 32), 32 for `cifar100`, any from 32 for
-    `food101` (default 224). `workers` decode photographs (default: one per processor, at most 8); the in-memory sets
+    `image_size` is the side in pixels, by default that of `IMAGE_SIZES`: any from 8 for `digits`, 32 for `cifar100`,
+    any from 32 for `food101`. `workers` decode photographs (default: one per processor, at most 8); the in-memory sets
     need none. Raises ValueError, in one line, for an unknown name, a size that the set cannot have, a set that is not
     there, and a file that cannot be read.
     """
     root = Path(root or os.environ.get("SCCONV_DATA") or "data")
+    if name not in DATA_NAMES:
+        raise ValueError(f"data={name!r}: must be one of {', '.join(DATA_NAMES)}")
+    if image_size is None:
+        image_size = IMAGE_SIZES[name]
     if name == "digits":
-        return load_digit_images(image_size or 32)
-    if name == "cifar100":
-        if image_size not in (None, 32):
-            raise ValueError(f"image_size={image_size}: must be 32 for cifar100")
-        return load_cifar100(root, download)
+        return load_digit_images(image_size)
     if name == "food101":
-        return load_food101(root, image_size or 224, download, workers)
-    raise ValueError(f"data={name!r}: must be one of {', '.join(DATA_NAMES)}")
+        return load_food101(root, image_size, download, workers)
+    if image_size != 32:
+        raise ValueError(f"image_size={image_size}: must be 32 for cifar100")
+    return load_cifar100(root, download)
 
 
 def load_digit_images(image_size: int = 32) -> ImageData:
@@ -318,13 +321,17 @@ def eval_batches(
 def photograph_batches(
     data: ImageData, photographs: Photographs, batches: list[Tensor], seed: int, epoch: int, device: torch.device | str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    addresses = [[(int(k), derive_seed(seed, epoch, 2, int(k))) for k in batch] for batch in batches if len(batch)]
+    addresses = [photograph_addresses(batch.tolist(), seed, epoch) for batch in batches if len(batch)]
     pinned = torch.device(device).type == "cuda"
     loader = DataLoader(photographs, batch_sampler=addresses, num_workers=data.workers, pin_memory=pinned)
     mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
     for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         yield normalise(images, mean, std), labels
+
+
+def photograph_addresses(indices: list[int], seed: int, epoch: int) -> list[tuple[int, int]]:
+    return [(index, derive_seed(seed, epoch, 2, index)) for index in indices]
 
 
 # ---- pure functions of a batch -------------------------------------------------------------------------------------

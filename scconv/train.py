@@ -27,7 +27,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,7 +35,16 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 from tqdm import tqdm
 
 from scconv.complexity import count_macs, count_params
-from scconv.data import DATA_NAMES, ImageData, atomic_file, derive_seed, eval_batches, load_data, train_batches
+from scconv.data import (
+    DATA_NAMES,
+    IMAGE_SIZES,
+    ImageData,
+    atomic_file,
+    derive_seed,
+    eval_batches,
+    load_data,
+    train_batches,
+)
 from scconv.models import build_model, model_names
 
 FORMAT = 1  # of the result file
@@ -137,16 +146,24 @@ def save_checkpoint(state: RunState, path: Path, identity: dict) -> None:
         torch.save({"identity": identity, "epoch": state.epoch, "history": state.history, **parts}, file)
 
 
-def load_checkpoint(state: RunState, path: Path, identity: dict) -> None:
-    """Put what `save_checkpoint` wrote into `state`. A ValueError if the file is damaged or another run's."""
+def read_checkpoint(path: Path, identity: dict) -> dict:
+    """What `save_checkpoint` wrote. A ValueError if the file is damaged or another run's."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        found = saved["identity"]
+        found = {key: saved["identity"][key] for key in identity}
+        complete = {"epoch", "history", "model", "optimizer", "scheduler"} <= saved.keys()
     except Exception as error:  # a damaged file fails in many ways, and all mean the same to the reader
         raise ValueError(f"{path}: not a readable checkpoint; delete it to start from the beginning") from error
+    if not complete:
+        raise ValueError(f"{path}: not a whole checkpoint; delete it to start from the beginning")
     for key, value in identity.items():
-        if found.get(key) != value:
-            raise ValueError(f"{path}: checkpoint of another run: {key} is {found.get(key)!r} there, {value!r} here")
+        if found[key] != value:
+            raise ValueError(f"{path}: checkpoint of another run, with {key}={found[key]!r} in place of {value!r}")
+    return saved
+
+
+def restore(state: RunState, saved: dict) -> None:
+    """Put what `read_checkpoint` returned into `state`."""
     for name, part in state.parts().items():
         part.load_state_dict(saved[name])
     state.epoch, state.history = saved["epoch"], saved["history"]
@@ -172,7 +189,7 @@ class Run:
     channels_last: bool
     limit_train_batches: int | None
     threads: int | None
-    command: str
+    command: str | None  # None for a recipe that has no name
 
     @property
     def steps_per_epoch(self) -> int:
@@ -267,7 +284,8 @@ def prepare_run(
         raise ValueError(f"seed={seed}: must be at least 0")
     data_name = data.name if isinstance(data, ImageData) else data
     overrides = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
-    if isinstance(recipe, str):
+    recipe_has_name = isinstance(recipe, str)
+    if recipe_has_name:
         recipe = build_recipe(recipe, data_name, **overrides)
     else:
         recipe = replace(recipe, **{key: value for key, value in overrides.items() if value is not None})
@@ -278,21 +296,26 @@ def prepare_run(
             raise ValueError(f"{key}={value}: must be at least 1")
     if not (recipe.lr > 0 and math.isfinite(recipe.lr)):
         raise ValueError(f"lr={recipe.lr}: must be more than 0")
-    named = {**overrides, "image_size": image_size, "limit_train_batches": limit_train_batches}
-    options = dict(scconv or {})
-    parts = [data_name, recipe.name, *label(named), model_name, *label(options), f"seed{seed}"]
-    name = "-".join(parts)
     out = check_folder(out)
-    check_names_free(out, name, overwrite, resume)
-
     if not isinstance(data, ImageData):
         data = load_data(data, root=data_root, image_size=image_size, download=download, workers=workers)
+    elif image_size not in (None, data.image_size):
+        raise ValueError(f"image_size={image_size}: must be {data.image_size}, that of the data given")
     if recipe.batch_size > data.num_train:
         raise ValueError(f"batch_size={recipe.batch_size}: must be at most {data.num_train}, the training images")
-    arguments = {"model": model_name, "data": data_name, "recipe": recipe.name, "seed": seed, **overrides}
+    processes = PartialState().num_processes
+    if recipe.batch_size % processes:
+        raise ValueError(f"batch_size={recipe.batch_size}: must be a multiple of {processes}, the processes")
+
+    # What is not the recipe's or the data's own choice is part of the name.
+    changed = {**overrides, "limit_train_batches": limit_train_batches}
+    if data.image_size != IMAGE_SIZES[data.name]:
+        changed["image_size"] = data.image_size
+    options = dict(scconv or {})
+    name = "-".join([data.name, recipe.name, *label(changed), model_name, *label(options), f"seed{seed}"])
+    arguments = {"model": model_name, "data": data.name, "recipe": recipe.name, "seed": seed, **changed}
     arguments |= {"precision": precision if precision != "no" else None, "compile": compile}
-    arguments |= {"channels_last": channels_last, "limit_train_batches": limit_train_batches, "threads": threads}
-    arguments |= {"image_size": image_size, "small_images": small_images}
+    arguments |= {"channels_last": channels_last, "threads": threads, "small_images": small_images}
     run = Run(
         name=name,
         out=out,
@@ -307,13 +330,14 @@ def prepare_run(
         channels_last=channels_last,
         limit_train_batches=limit_train_batches,
         threads=threads,
-        command=write_command(arguments, options),
+        command=write_command(arguments, options) if recipe_has_name else None,
     )
     try:
         with torch.device("meta"):
             run.build_model()
     except TypeError as error:
         raise ValueError(f"scconv={options}: {error}") from error
+    check_names_free(run, overwrite, resume)
     return run
 
 
@@ -322,9 +346,6 @@ def execute_run(run: Run, *, resume: bool = False, progress: bool = True) -> dic
     if run.threads:
         torch.set_num_threads(run.threads)
     accelerator = build_accelerator(run)
-    processes = accelerator.num_processes
-    if run.recipe.batch_size % processes:
-        raise ValueError(f"batch_size={run.recipe.batch_size}: must be a multiple of {processes}, the processes")
     torch.manual_seed(run.seed)
     model = run.build_model()
     shape = (1, 3, run.data.image_size, run.data.image_size)
@@ -334,7 +355,7 @@ def execute_run(run: Run, *, resume: bool = False, progress: bool = True) -> dic
     state = build_state(run, model.to(accelerator.device), accelerator)
     prepared = accelerator.prepare_model(model)
     if resume and run.path(".checkpoint.pt").exists():
-        load_checkpoint(state, run.path(".checkpoint.pt"), run.identity())
+        restore(state, read_checkpoint(run.path(".checkpoint.pt"), run.identity()))
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
@@ -382,9 +403,9 @@ def fit(run: Run, state: RunState, model: nn.Module, accelerator: Accelerator, p
             lr = state.scheduler.get_last_lr()[0]
             trained = train_epoch(run, state, model, data, accelerator, bar)
             train_seconds = time.perf_counter() - start
-            if not math.isfinite(trained["loss"]):
-                raise FloatingPointError(f"training loss is {trained['loss']} in epoch {state.epoch + 1}, lr {lr:.6g}")
+            check_finite("training", trained["loss"], state.epoch + 1, lr)
             tested = evaluate(model, data, accelerator=accelerator)
+            check_finite("test", tested["loss"], state.epoch + 1, lr)
             state.epoch += 1
             state.history.append(
                 {
@@ -442,8 +463,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean cross-entropy, top-1 and top-5 (fractions) on all test images, in eval mode; the model's mode is kept.
 
-    The data must be on the model's device. With `accelerator` its processes share the images. With fewer than five
-    classes top-5 is 1.
+    With `accelerator` its processes share the images. With five classes or fewer top-5 is 1.
     """
     # 500 and 125 divide CIFAR's and Food-101's test sets: one shape for the compiler
     batch_size = batch_size or (500 if data.image_size <= 64 else 125)
@@ -451,7 +471,7 @@ def evaluate(
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     totals, was_training = new_totals(device), model.training
     model.eval()
-    for images, labels in eval_batches(data, batch_size, rank=rank, world=world, device=device):
+    for images, labels in eval_batches(data.to(device), batch_size, rank=rank, world=world, device=device):
         logits = model(images)
         add_to_totals(totals, F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
     model.train(was_training)
@@ -465,7 +485,8 @@ def new_totals(device: torch.device) -> Tensor:
 
 def add_to_totals(totals: Tensor, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
     hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (N, 5)
-    totals += torch.stack([loss_sum, hits[:, 0].sum(), hits.sum(), labels.new_tensor(len(labels))]).to(totals.dtype)
+    totals[:3] += torch.stack([loss_sum, hits[:, 0].sum(), hits.sum()]).to(totals.dtype)
+    totals[3] += len(labels)
 
 
 def means(totals: Tensor, accelerator: Accelerator | None) -> dict[str, float]:
@@ -473,6 +494,11 @@ def means(totals: Tensor, accelerator: Accelerator | None) -> dict[str, float]:
         totals = accelerator.reduce(totals, "sum")
     loss, top1, top5, count = totals.tolist()
     return {"loss": loss / count, "top1": top1 / count, "top5": top5 / count}
+
+
+def check_finite(which: str, loss: float, epoch: int, lr: float) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"{which} loss is {loss} in epoch {epoch}, which began with learning rate {lr:.6g}")
 
 
 def describe_epoch(row: dict, epochs: int) -> str:
@@ -493,15 +519,19 @@ def check_folder(out: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=out) as file:
             file.write(b"scconv")
     except OSError as error:
-        raise ValueError(f"out={str(out)!r}: must be a folder that can be written ({error.strerror or error})") from error
+        reason = error.strerror or error
+        raise ValueError(f"out={str(out)!r}: must be a folder that can be written ({reason})") from error
     return out
 
 
-def check_names_free(out: Path, name: str, overwrite: bool, resume: bool) -> None:
-    result, checkpoint = out / f"{name}.json", out / f"{name}.checkpoint.pt"
+def check_names_free(run: Run, overwrite: bool, resume: bool) -> None:
+    """Nothing that a run wrote is replaced unless someone says so."""
+    result, checkpoint = run.path(".json"), run.path(".checkpoint.pt")
     if result.exists() and not overwrite:
         raise ValueError(f"out: {result} exists; replace it with overwrite=True (--overwrite), or take another folder")
-    if checkpoint.exists() and not (overwrite or resume):
+    if checkpoint.exists() and resume:
+        read_checkpoint(checkpoint, run.identity())
+    elif checkpoint.exists() and not overwrite:
         raise ValueError(
             f"out: {checkpoint} exists; go on from it with resume=True (--resume), or start again with overwrite=True "
             "(--overwrite)"
