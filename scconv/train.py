@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -28,7 +29,7 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import TorchDynamoPlugin
+from accelerate.utils import TorchDynamoPlugin, parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
@@ -49,6 +50,17 @@ from scconv.models import build_model, model_names
 
 FORMAT = 1  # of the result file
 PRECISIONS = ("no", "bf16", "fp16")
+
+
+def check_choice(argument: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{argument}={value!r}: must be one of {', '.join(allowed)}")
+
+
+def check_at_least(least: int, **values: int | None) -> None:
+    for argument, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{argument}={value}: must be at least {least}")
 
 
 # ---- recipes -------------------------------------------------------------------------------------------------------
@@ -96,20 +108,15 @@ FAST = Recipe(
 )
 # A first look on a processor, in seconds to minutes. Mirrored or cut digits are other digits: no augmentation.
 QUICK = Recipe(
-    "quick", epochs=4, batch_size=64, lr=0.05, schedule="one_cycle", warmup=0.3, nesterov=True, augment=False
+    "quick", epochs=2, batch_size=32, lr=0.01, schedule="one_cycle", warmup=0.3, nesterov=True, augment=False
 )
 RECIPES = {"paper": PAPER, "fast": FAST, "quick": QUICK}
 
 
-def build_recipe(
-    name: str, data_name: str, *, epochs: int | None = None, batch_size: int | None = None, lr: float | None = None
-) -> Recipe:
-    """The recipe of that name for that image set, with what is given in place of its own values."""
-    if name not in RECIPES:
-        raise ValueError(f"recipe={name!r}: must be one of {', '.join(RECIPES)}")
-    recipe = PAPER_PHOTOGRAPHS if (name, data_name) == ("paper", "food101") else RECIPES[name]
-    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
-    return replace(recipe, **{key: value for key, value in given.items() if value is not None})
+def build_recipe(name: str, data_name: str) -> Recipe:
+    """The recipe of that name for that image set."""
+    check_choice("recipe", name, RECIPES)
+    return PAPER_PHOTOGRAPHS if (name, data_name) == ("paper", "food101") else RECIPES[name]
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> LRScheduler:
@@ -274,28 +281,20 @@ def prepare_run(
     `small_images` chooses the stem (default: for images of at most 64 pixels), `scconv` are options of `build_model`,
     `limit_train_batches` shortens each epoch, `threads` are the processor's. `out` is made where it does not exist.
     """
-    if model_name not in model_names():
-        raise ValueError(f"model={model_name!r}: must be one of {', '.join(model_names())}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r}: must be one of {', '.join(PRECISIONS)}")
+    check_choice("model", model_name, model_names())
+    check_choice("precision", precision, PRECISIONS)
     if precision == "fp16" and not torch.accelerator.is_available():
         raise ValueError("precision='fp16': must be no or bf16 where there is no GPU")
-    if seed < 0:
-        raise ValueError(f"seed={seed}: must be at least 0")
-    data_name = data.name if isinstance(data, ImageData) else data
     overrides = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
     recipe_has_name = isinstance(recipe, str)
     if recipe_has_name:
-        recipe = build_recipe(recipe, data_name, **overrides)
-    else:
-        recipe = replace(recipe, **{key: value for key, value in overrides.items() if value is not None})
-    counts = {"epochs": recipe.epochs, "batch_size": recipe.batch_size}
-    counts |= {"limit_train_batches": limit_train_batches, "threads": threads}
-    for key, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{key}={value}: must be at least 1")
+        recipe = build_recipe(recipe, data.name if isinstance(data, ImageData) else data)
+    recipe = replace(recipe, **{key: value for key, value in overrides.items() if value is not None})
     if not (recipe.lr > 0 and math.isfinite(recipe.lr)):
         raise ValueError(f"lr={recipe.lr}: must be more than 0")
+    check_at_least(0, seed=seed)
+    check_at_least(1, epochs=recipe.epochs, batch_size=recipe.batch_size)
+    check_at_least(1, limit_train_batches=limit_train_batches, threads=threads)
     out = check_folder(out)
     if not isinstance(data, ImageData):
         data = load_data(data, root=data_root, image_size=image_size, download=download, workers=workers)
@@ -303,25 +302,28 @@ def prepare_run(
         raise ValueError(f"image_size={image_size}: must be {data.image_size}, that of the data given")
     if recipe.batch_size > data.num_train:
         raise ValueError(f"batch_size={recipe.batch_size}: must be at most {data.num_train}, the training images")
-    processes = PartialState().num_processes
+    processes = start_processes().num_processes
     if recipe.batch_size % processes:
         raise ValueError(f"batch_size={recipe.batch_size}: must be a multiple of {processes}, the processes")
 
     # What is not the recipe's or the data's own choice is part of the name.
     changed = {**overrides, "limit_train_batches": limit_train_batches}
-    if data.image_size != IMAGE_SIZES[data.name]:
+    if data.image_size != IMAGE_SIZES.get(data.name):
         changed["image_size"] = data.image_size
+    small_by_default = data.image_size <= 64
+    if small_images not in (None, small_by_default):
+        changed["small_images"] = small_images
     options = dict(scconv or {})
     name = "-".join([data.name, recipe.name, *label(changed), model_name, *label(options), f"seed{seed}"])
     arguments = {"model": model_name, "data": data.name, "recipe": recipe.name, "seed": seed, **changed}
     arguments |= {"precision": precision if precision != "no" else None, "compile": compile}
-    arguments |= {"channels_last": channels_last, "threads": threads, "small_images": small_images}
+    arguments |= {"channels_last": channels_last, "threads": threads}
     run = Run(
         name=name,
         out=out,
         model_name=model_name,
         model_options=options,
-        small_images=data.image_size <= 64 if small_images is None else small_images,
+        small_images=small_by_default if small_images is None else small_images,
         data=data,
         recipe=recipe,
         seed=seed,
@@ -366,7 +368,14 @@ def execute_run(run: Run, *, resume: bool = False, progress: bool = True) -> dic
     return result
 
 
+def start_processes() -> PartialState:
+    """Join the other processes, where there are any. Accelerate must be told when they have no GPU."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu)
+
+
 def build_accelerator(run: Run) -> Accelerator:
+    start_processes()
     # Accelerate keeps precision and compiler settings for the whole process; a second run would get the first one's.
     AcceleratorState._reset_state()
     # dynamic=False: one compilation for the training batches and one for the test batches, neither with open shapes.

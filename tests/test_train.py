@@ -79,7 +79,7 @@ def test_the_papers_schedule_for_photographs():
 
 
 def test_the_steps_move_with_the_epochs():
-    rates = learning_rates(build_recipe("paper", "cifar100", epochs=4, lr=1.0), steps_per_epoch=3)
+    rates = learning_rates(replace(PAPER, epochs=4, lr=1.0), steps_per_epoch=3)
     np.testing.assert_allclose(rates, np.repeat([1.0, 0.1, 0.01], [6, 3, 3]), rtol=1e-12)
 
 
@@ -99,7 +99,7 @@ def test_recipes_are_the_papers():
         assert (recipe.momentum, recipe.nesterov, recipe.label_smoothing) == (0.9, False, 0.0)
         assert (recipe.batch_size, recipe.weight_decay, recipe.augment) == (128, weight_decay, True)
     assert build_recipe("paper", "cifar100") == PAPER
-    assert build_recipe("fast", "food101", batch_size=64) == replace(FAST, batch_size=64)
+    assert build_recipe("fast", "food101") == FAST
 
 
 def test_an_epoch_is_all_full_batches_unless_it_is_limited(digits, tmp_path):
@@ -389,6 +389,20 @@ def test_weights_of_another_run_are_refused(digits, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="not the weights that"):
         load_trained(tmp_path / f"{result['name']}.json")
+
+
+def test_the_name_tells_runs_apart(digits, tmp_path):
+    def name(**settings):
+        return prepare_run("scconv_resnet50", digits, "quick", out=tmp_path, **settings).name
+
+    assert name() == "digits-quick-image_size_8-scconv_resnet50-seed0"
+    assert name(small_images=True) == name(image_size=8) == name()
+    assert name(small_images=False) == "digits-quick-image_size_8-small_images_False-scconv_resnet50-seed0"
+    assert name(lr=0.1, epochs=3) == "digits-quick-epochs_3-lr_0.1-image_size_8-scconv_resnet50-seed0"
+    with pytest.raises(ValueError, match="image_size=16: must be 8"):
+        name(image_size=16)
+    command = prepare_run("scconv_resnet50", digits, "quick", out=tmp_path, small_images=False, compile=True).command
+    assert command.endswith("--recipe quick --seed 0 --image-size 8 --no-small-images --compile")
 
 
 def test_an_unknown_commit_is_none(monkeypatch, tmp_path):
