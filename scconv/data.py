@@ -13,10 +13,8 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -28,9 +26,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR100, Food101
 from torchvision.transforms import v2
 
+from scconv.files import atomic_file
+
 IMAGE_SIZES = {"digits": 32, "cifar100": 32, "food101": 224}  # pixels, unless another size is asked for
 DATA_NAMES = tuple(IMAGE_SIZES)
-PADDING = 4  # pixels; paper, section 4.1: random crop with 4-pixel padding
+PADDING = 4  # pixels; the paper's: random crop with 4-pixel padding
 # Mean and standard deviation of ImageNet's training set, as torchvision's documentation gives them for its models.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -220,20 +220,6 @@ def missing(name: str, root: Path, looked_for: str) -> ValueError:
 def unreadable(path: Path, reason: str) -> ValueError:
     reason = " ".join(reason.split())
     return ValueError(f"{path}: cannot be read ({reason}); delete it and load again with download=True (--download)")
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes its name only when it is whole and on disk: a reader never meets half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """SRU, CRU and SCConv, Eq. (1)-(9), in plain PyTorch.
 
 J. Li, Y. Wen, L. He. SCConv: Spatial and Channel Reconstruction Convolution for Feature Redundancy. CVPR 2023,
-pp. 6153-6162. Section 3.1 (SRU, Eq. 1-4), section 3.2 (CRU, Eq. 5-9), section 3.3 (how the two are put together).
+pp. 6153-6162. SRU is Eq. (1)-(4) and figure 2, CRU is Eq. (5)-(9), SCConv is an SRU and then a CRU.
 
 The paper leaves several points open. Each is one keyword here, and one row of the book's page on departures:
 `gate`, `gate_threshold` (Eq. 3), `gn_groups` (Eq. 1), `fusion` (Eq. 8), `order` (table 1) and what a stride does.

@@ -1,4 +1,4 @@
-"""Result files: the numbers that pages show, each written by the run that measured it.
+"""Result files: the numbers that pages show, each written by the run that measured it, and where it ran.
 
 A notebook's numbers live in `results/notebooks/NAME.json`. The notebook ends with `record(NAME, …)`: with
 `SCCONV_RECORD=1` in the environment that writes the file, otherwise it compares. So a page never shows a number that
@@ -9,9 +9,13 @@ import json
 import math
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
+
+from scconv.files import atomic_file
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -34,9 +38,8 @@ def record(name: str, measured: dict, noisy: dict | None = None, *, rtol: float 
         content = {"notebook": f"notebooks/{name}.ipynb", "measured": measured, "noisy": noisy or {},
                    "versions": versions, "threads": torch.get_num_threads()}  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(path)
+        with atomic_file(path) as file:
+            file.write((json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
         return f"Written to results/notebooks/{path.name}."
     if not path.exists():
         return f"Nothing to compare with: {path.name} has not been recorded here."
@@ -64,3 +67,38 @@ def _differences(old, new, rtol: float, where: str = ""):
 
 def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """MiB: on CUDA what was allocated at most during the run, else what the process held at most since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or device.type
+
+
+def find_commit() -> str | None:
+    """The commit of the checkout that this file is in, with -dirty for local changes; None where there is none."""
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parent)]
+    try:
+        # a package installed inside another repository is not that repository's
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True, timeout=30)
+        command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, check=True, capture_output=True, timeout=30, text=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None

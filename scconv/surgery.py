@@ -1,6 +1,6 @@
 """Put SCConv into a network that exists: in place of its 3×3 convolutions, or after them.
 
-The paper replaces the 3×3 convolutions between two 1×1 ones (section 3.3, figure 1). Adding SCConv behind a convolution
+The paper replaces the 3×3 convolutions between two 1×1 ones. Adding SCConv behind a convolution
 is not in the paper; users of the popular implementation do it.
 """
 

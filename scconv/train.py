@@ -15,11 +15,9 @@ import hashlib
 import json
 import math
 import platform
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -32,7 +30,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import TorchDynamoPlugin, parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from scconv.complexity import count_macs, count_params
@@ -40,91 +38,24 @@ from scconv.data import (
     DATA_NAMES,
     IMAGE_SIZES,
     ImageData,
-    atomic_file,
     derive_seed,
     eval_batches,
     load_data,
     train_batches,
 )
+from scconv.files import atomic_file
 from scconv.models import build_model, model_names
+from scconv.recipes import RECIPES, Recipe, build_recipe, build_schedule, check_choice
+from scconv.results import device_name, find_commit, peak_memory_mib
 
 FORMAT = 1  # of the result file
 PRECISIONS = ("no", "bf16", "fp16")
-
-
-def check_choice(argument: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{argument}={value!r}: must be one of {', '.join(allowed)}")
 
 
 def check_at_least(least: int, **values: int | None) -> None:
     for argument, value in values.items():
         if value is not None and value < least:
             raise ValueError(f"{argument}={value}: must be at least {least}")
-
-
-# ---- recipes -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a network is trained: SGD with momentum on cross-entropy.
-
-    `batch_size` is that of all processes together. `schedule` is "step" (the learning rate `lr` times 0.1 after each
-    of `milestones`, given as parts of the training, so that they move with `epochs`) or "one_cycle" (a cosine from
-    lr / 25 up to `lr` in the first `warmup` of the training, then down to nearly 0). `augment` is the data's own:
-    crop with 4 zero pixels and flip for small images, random resized crop and flip for photographs.
-    """
-
-    name: str
-    epochs: int
-    batch_size: int
-    lr: float
-    schedule: str
-    milestones: tuple[float, ...] = ()
-    warmup: float = 0.0
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.0
-    augment: bool = True
-
-
-# The paper's recipe for CIFAR (section 4.1), "no other tricks".
-PAPER = Recipe("paper", epochs=200, batch_size=128, lr=0.05, schedule="step", milestones=(0.5, 0.75))
-# The paper's recipe for ImageNet (section 4.1), which is the one for photographs here.
-PAPER_PHOTOGRAPHS = Recipe(
-    "paper", epochs=100, batch_size=128, lr=0.1, schedule="step", milestones=(0.3, 0.6, 0.9), weight_decay=1e-4
-)
-FAST = Recipe(
-    "fast",
-    epochs=60,
-    batch_size=128,
-    lr=0.1,
-    schedule="one_cycle",  # Smith and Topin 2017, Super-convergence, arXiv:1708.07120
-    warmup=0.2,
-    nesterov=True,  # Sutskever et al. 2013, On the importance of initialization and momentum in deep learning
-    label_smoothing=0.1,  # Szegedy et al. 2016, Rethinking the Inception architecture, section 7
-)
-# A first look on a processor, in seconds to minutes. Mirrored or cut digits are other digits: no augmentation.
-QUICK = Recipe(
-    "quick", epochs=2, batch_size=32, lr=0.01, schedule="one_cycle", warmup=0.3, nesterov=True, augment=False
-)
-RECIPES = {"paper": PAPER, "fast": FAST, "quick": QUICK}
-
-
-def build_recipe(name: str, data_name: str) -> Recipe:
-    """The recipe of that name for that image set."""
-    check_choice("recipe", name, RECIPES)
-    return PAPER_PHOTOGRAPHS if (name, data_name) == ("paper", "food101") else RECIPES[name]
-
-
-def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> LRScheduler:
-    """The recipe's learning rate, to be stepped after every batch."""
-    steps = recipe.epochs * steps_per_epoch
-    if recipe.schedule == "step":
-        return MultiStepLR(optimizer, [round(part * recipe.epochs) * steps_per_epoch for part in recipe.milestones])
-    return OneCycleLR(optimizer, recipe.lr, total_steps=steps, pct_start=recipe.warmup, cycle_momentum=False)
 
 
 # ---- a run's state -------------------------------------------------------------------------------------------------
@@ -643,41 +574,6 @@ def write_command(arguments: dict, options: dict) -> str:
         elif value is not None and value is not False:
             words.append(f"{flag} {value}")
     return " ".join(words + [f"--scconv {key}={value}" for key, value in options.items()])
-
-
-def peak_memory_mib(device: torch.device) -> float | None:
-    """MiB: on CUDA what was allocated at most during the run, else what the process held at most since it began."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or device.type
-
-
-def find_commit() -> str | None:
-    """The commit of the checkout that this file is in, with -dirty for local changes; None where there is none."""
-    here = Path(__file__).resolve()
-    git = ["git", "-C", str(here.parent)]
-    try:
-        # a package installed inside another repository is not that repository's
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True, timeout=30)
-        command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(command, check=True, capture_output=True, timeout=30, text=True).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 # ---- command line --------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from scconv import data as data_module
 from scconv.data import (
     ImageData,
     Photographs,
-    atomic_file,
     channel_statistics,
     crop_and_flip,
     epoch_batches,
@@ -20,6 +19,7 @@ from scconv.data import (
     random_crop_and_flip,
     train_batches,
 )
+from scconv.files import atomic_file
 
 
 def shift_by_loop(image: np.ndarray, top: int, left: int, flipped: bool, padding: int) -> np.ndarray:

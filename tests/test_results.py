@@ -21,7 +21,7 @@ def test_writes_what_it_was_given(recorded):
     content = json.loads((recorded / "notebooks" / "page.json").read_text())
     assert content["measured"] == MEASURED
     assert content["noisy"] == {"seconds": 1.0}
-    assert not list(recorded.rglob("*.part"))
+    assert not list(recorded.rglob("*.tmp"))
 
 
 def test_agrees_within_tolerance_and_ignores_noise(recorded):

@@ -1,0 +1,76 @@
+"""Recipes: how long, how fast and with what a network is trained.
+
+`paper` is the paper's, `fast` this book's for a GPU, `quick` for a first look on a processor.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained: SGD with momentum on cross-entropy.
+
+    `batch_size` is that of all processes together. `schedule` is "step" (the learning rate `lr` times 0.1 after each
+    of `milestones`, given as parts of the training, so that they move with `epochs`) or "one_cycle" (a cosine from
+    lr / 25 up to `lr` in the first `warmup` of the training, then down to nearly 0). `augment` is the data's own:
+    crop with 4 zero pixels and flip for small images, random resized crop and flip for photographs.
+    """
+
+    name: str
+    epochs: int
+    batch_size: int
+    lr: float
+    schedule: str
+    milestones: tuple[float, ...] = ()
+    warmup: float = 0.0
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    augment: bool = True
+
+
+# The paper's recipe for CIFAR, "no other tricks".
+PAPER = Recipe("paper", epochs=200, batch_size=128, lr=0.05, schedule="step", milestones=(0.5, 0.75))
+# The paper's recipe for ImageNet, which is the one for photographs here.
+PAPER_PHOTOGRAPHS = Recipe(
+    "paper", epochs=100, batch_size=128, lr=0.1, schedule="step", milestones=(0.3, 0.6, 0.9), weight_decay=1e-4
+)
+FAST = Recipe(
+    "fast",
+    epochs=60,
+    batch_size=128,
+    lr=0.1,
+    schedule="one_cycle",  # Smith and Topin 2017, Super-convergence, arXiv:1708.07120
+    warmup=0.2,
+    nesterov=True,  # Sutskever et al. 2013, On the importance of initialization and momentum in deep learning
+    label_smoothing=0.1,  # Szegedy et al. 2016, Rethinking the Inception architecture, section 7
+)
+# A first look on a processor, in seconds to minutes. Mirrored or cut digits are other digits: no augmentation.
+QUICK = Recipe(
+    "quick", epochs=2, batch_size=32, lr=0.01, schedule="one_cycle", warmup=0.3, nesterov=True, augment=False
+)
+RECIPES = {"paper": PAPER, "fast": FAST, "quick": QUICK}
+
+
+def check_choice(argument: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{argument}={value!r}: must be one of {', '.join(allowed)}")
+
+
+def build_recipe(name: str, data_name: str) -> Recipe:
+    """The recipe of that name for that image set."""
+    check_choice("recipe", name, RECIPES)
+    return PAPER_PHOTOGRAPHS if (name, data_name) == ("paper", "food101") else RECIPES[name]
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> LRScheduler:
+    """The recipe's learning rate, to be stepped after every batch."""
+    steps = recipe.epochs * steps_per_epoch
+    if recipe.schedule == "step":
+        return MultiStepLR(optimizer, [round(part * recipe.epochs) * steps_per_epoch for part in recipe.milestones])
+    return OneCycleLR(optimizer, recipe.lr, total_steps=steps, pct_start=recipe.warmup, cycle_momentum=False)
