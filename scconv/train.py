@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+from scconv import __version__ as scconv_version
 from scconv.complexity import count_macs, count_params
 from scconv.data import (
     DATA_NAMES,
@@ -525,7 +526,8 @@ def describe_run(run: Run, history: list[dict], counts: dict, device: torch.devi
         "peak_memory_mib": peak_memory_mib(device),
         "versions": {
             "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "torchvision", "accelerate", "scconv")},
+            **{package: version(package) for package in ("torch", "torchvision", "accelerate")},
+            "scconv": scconv_version,  # not from the installation: on Colab the package is only on the path
             "platform": f"{platform.system()} {platform.machine()}",
         },
         "device": {"name": device_name(device), "threads": torch.get_num_threads()},
