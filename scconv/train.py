@@ -5,8 +5,8 @@ A run writes two files into its output folder: `<name>.safetensors`, the weights
 by it. After every epoch `<name>.checkpoint.pt` holds what `--resume` needs; it goes when the result is there.
 
 On one CPU two runs with the same arguments and seed, and the same number of threads, end with the same bits. Several
-processes (`accelerate launch -m scconv.train ...`) share each batch, and each sees the statistics of its part in batch
-normalisation; otherwise they do what one process does.
+processes (`torchrun --nproc_per_node 2 -m scconv.train ...`) share each batch, and each sees the statistics of its part
+in batch normalisation; otherwise they do what one process does.
 """
 
 import argparse
@@ -168,7 +168,7 @@ def train(
     data: str | ImageData,
     recipe: str | Recipe = "fast",
     seed: int = 0,
-    out: str | Path = "results",
+    out: str | Path = "runs",
     *,
     overwrite: bool = False,
     resume: bool = False,
@@ -189,7 +189,7 @@ def prepare_run(
     data: str | ImageData,
     recipe: str | Recipe = "fast",
     seed: int = 0,
-    out: str | Path = "results",
+    out: str | Path = "runs",
     *,
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -544,20 +544,22 @@ def describe_run(run: Run, history: list[dict], counts: dict, device: torch.devi
 def load_trained(path: str | Path) -> nn.Module:
     """The trained network, in eval mode, of a result file `<name>.json`, from the weights beside it.
 
-    Raises ValueError when the weights are not the ones that the run wrote.
+    Raises ValueError when the weights are missing, or not the ones that the run wrote.
     """
     path = Path(path)
     result = json.loads(path.read_text())
-    weights = path.with_name(result["weights"]["file"]).read_bytes()
-    if hashlib.sha256(weights).hexdigest() != result["weights"]["sha256"]:
-        raise ValueError(f"{path.with_name(result['weights']['file'])}: not the weights that {path.name} describes")
+    weights = path.with_name(result["weights"]["file"])
+    if not weights.exists():
+        raise ValueError(f"{weights}: not there; {path.name} describes weights that were not kept beside it")
+    if hashlib.sha256(weights.read_bytes()).hexdigest() != result["weights"]["sha256"]:
+        raise ValueError(f"{weights}: not the weights that {path.name} describes")
     model = build_model(
         result["model"],
         num_classes=result["data"]["classes"],
         small_images=result["small_images"],
+        weights=weights,
         **result["model_options"],
     )
-    model.load_state_dict(safetensors.torch.load(weights))
     return model.eval()
 
 
@@ -604,7 +606,7 @@ def build_parser() -> OneLineParser:
     parser.add_argument("--data", required=True, metavar="NAME", help=", ".join(DATA_NAMES))
     parser.add_argument("--recipe", default="fast", metavar="NAME", help=f"{', '.join(RECIPES)} (default: fast)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="results", metavar="FOLDER", help="where the result goes (default: results)")
+    parser.add_argument("--out", default="runs", metavar="FOLDER", help="where the result goes (default: runs)")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float)

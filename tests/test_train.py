@@ -345,8 +345,8 @@ def test_what_cannot_be_meant_is_one_line(tmp_path, given, message):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 is allowed on a GPU")
-def test_fp16_needs_a_gpu(tmp_path):
+def test_fp16_needs_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda *_, **__: False)
     with pytest.raises(ValueError, match="precision='fp16': must be no or bf16"):
         prepare_run("resnet20", "digits", "quick", out=tmp_path, precision="fp16")
 
@@ -378,6 +378,9 @@ def test_weights_of_another_run_are_refused(digits, tmp_path):
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="not the weights that"):
+        load_trained(tmp_path / f"{result['name']}.json")
+    path.unlink()
+    with pytest.raises(ValueError, match="describes weights that were not kept beside it"):
         load_trained(tmp_path / f"{result['name']}.json")
 
 
