@@ -11,7 +11,6 @@ import pytest
 EXTENSION = Path(__file__).parents[1] / "book" / "_ext"
 sys.path.insert(0, str(EXTENSION))
 
-pytest.importorskip("sphinx")
 from scconv_book import look_up, repository_url, show  # noqa: E402
 from sphinx.testing.util import SphinxTestApp  # noqa: E402
 
