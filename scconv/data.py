@@ -264,8 +264,9 @@ def train_batches(
     rank: int = 0,
     world: int = 1,
     device: torch.device | str = "cpu",
+    start: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled batches of one epoch on `device`: normalised images (n, 3, H, W) and labels (n,).
+    """Shuffled batches of one epoch on `device`: normalised images (n, 3, H, W) and labels (n,), from batch `start` on.
 
     A last batch that is not full is left out: compiled code then meets one shape only, and every process an equal part.
     The in-memory sets must be on `device` already (`ImageData.to`).
@@ -273,7 +274,7 @@ def train_batches(
     if isinstance(data.train, Photographs):
         batches = epoch_batches(data.num_train, batch_size, seed, epoch, True, rank, world, drop_last=True)
         photographs = data.train if augment else data.train_plain
-        yield from photograph_batches(data, photographs, batches, seed, epoch, device)
+        yield from photograph_batches(data, photographs, batches[start:], seed, epoch, device)
         return
     images, labels = data.train
     mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
@@ -281,10 +282,13 @@ def train_batches(
     batches = epoch_batches(data.num_train, batch_size, seed, epoch, drop_last=True)
     if not batches:
         return
-    for batch in torch.stack(batches).to(device):  # one transfer an epoch, so that no step waits for the device
+    # one transfer an epoch, so that no step waits for the device
+    for position, batch in enumerate(torch.stack(batches).to(device)):
         whole = images[batch]
         if augment:  # the whole batch, also where several processes share it: then each draws the same numbers
             whole = random_crop_and_flip(whole, generator, PADDING, data.mirror)
+        if position < start:
+            continue  # its random numbers are drawn
         yield normalise(whole.tensor_split(world)[rank], mean, std), labels[batch.tensor_split(world)[rank]]
 
 
@@ -318,6 +322,18 @@ def photograph_batches(
 
 def photograph_addresses(indices: list[int], seed: int, epoch: int) -> list[tuple[int, int]]:
     return [(index, derive_seed(seed, epoch, 2, index)) for index in indices]
+
+
+def pick_test_images(data: ImageData, n: int) -> tuple[Tensor, Tensor]:
+    """`n` test images of an in-memory set and their labels, by lot: the same ones in each copy of the set.
+
+    Copies of CIFAR-100 differ in their order, and one that is sorted by class has few classes among its first images.
+    The lot is a number that is computed from the pixels.
+    """
+    images, labels = data.test
+    factors = torch.randint(2**40, (images[0].numel(),), generator=torch.Generator().manual_seed(0))
+    chosen = (images.flatten(1).long() @ factors % 1_000_003).argsort(stable=True)[:n]
+    return images[chosen], labels[chosen]
 
 
 # ---- pure functions of a batch -------------------------------------------------------------------------------------

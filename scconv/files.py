@@ -1,21 +1,26 @@
 """Files that are whole or not there."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes its name only when it is whole and on disk: a reader never meets half of it."""
+def atomic_file(path: Path, before_rename: Callable[[], None] | None = None) -> Iterator[BinaryIO]:
+    """A file to write to that takes its name only when it is whole and on disk: a reader never meets half of it.
+
+    `before_rename` is called when the file is whole and has not taken its name yet.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if before_rename:
+            before_rename()
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from scconv.layers import ORDERS, SCConv
+from scconv.pretrained import CIFAR100, find_pretrained
 from scconv.surgery import append_scconv, cifar_stem, replace_conv3x3
 
 TORCHVISION = ("resnet34", "resnet50", "resnet101", "densenet121")
@@ -30,7 +31,7 @@ def model_names() -> list[str]:
 
 def build_model(
     name: str,
-    num_classes: int = 10,
+    num_classes: int | None = None,
     small_images: bool = False,
     weights: str | Path | None = None,
     **scconv_options,
@@ -39,10 +40,11 @@ def build_model(
 
     Args:
         name: one of `model_names()`.
-        num_classes: at least 1.
+        num_classes: at least 1; by default that of the shipped weights, where they are asked for, else 10.
         small_images: a 3×3 stem of stride 1 without max-pool, for images of 64 pixels or less. The CIFAR ResNets
             (`resnet20`, `resnet32`, `resnet56`) have it anyway.
-        weights: a safetensors file of this network's state dict; None means fresh weights.
+        weights: `"cifar100"`, for a network that comes with the package (`scconv.pretrained`), or a safetensors file of
+            this network's state dict; None means fresh weights.
         scconv_options: keywords of `SCConv`, or `where` of `replace_conv3x3`; only for networks with SCConv.
 
     Raises:
@@ -50,6 +52,11 @@ def build_model(
     """
     if name not in model_names():
         raise ValueError(f"name={name!r}: must be one of {', '.join(model_names())}")
+    shipped = isinstance(weights, str) and not weights.endswith(".safetensors")
+    if shipped:
+        weights = find_pretrained(name, weights)
+    if num_classes is None:
+        num_classes = len(CIFAR100["classes"]) if shipped else 10
     if not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes={num_classes!r}: must be a whole number of at least 1")
     order, base = _parse(name)

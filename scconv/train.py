@@ -2,11 +2,14 @@
 
 A run writes two files into its output folder: `<name>.safetensors`, the weights after the last epoch, and
 `<name>.json`, the result, with the whole history. The test set is looked at once an epoch, to report; nothing is chosen
-by it. After every epoch `<name>.checkpoint.pt` holds what `--resume` needs; it goes when the result is there.
+by it. On the way there are checkpoints (`checkpoint.py`), and `--resume` goes on from them.
 
-On one CPU two runs with the same arguments and seed, and the same number of threads, end with the same bits. Several
-processes (`torchrun --nproc_per_node 2 -m scconv.train ...`) share each batch, and each sees the statistics of its part
-in batch normalisation; otherwise they do what one process does.
+On one CPU two runs with the same arguments and seed, and the same number of threads, end with the same bits, however
+often they were stopped or killed and resumed. Several processes (`torchrun --nproc_per_node 2 -m scconv.train ...`, or
+`accelerate launch` on GPUs) share each batch and its batch normalisation, so that they compute what one process does.
+
+Exit status: 0 done, 2 misuse, 3 the loss was no longer finite, 4 stopped on request and ready for `--resume`, 5 a file
+could not be written.
 """
 
 import argparse
@@ -15,10 +18,14 @@ import hashlib
 import json
 import math
 import platform
+import signal
 import sys
 import tempfile
+import threading
 import time
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -30,10 +37,11 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import TorchDynamoPlugin, parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from scconv import __version__ as scconv_version
+from scconv.batch_norm import share_batch_norm
+from scconv.checkpoint import EpochSoFar, RunState, load_checkpoint, remove_checkpoints, restore, save_checkpoint
 from scconv.complexity import count_macs, count_params
 from scconv.data import (
     DATA_NAMES,
@@ -46,6 +54,7 @@ from scconv.data import (
 )
 from scconv.files import atomic_file
 from scconv.models import build_model, model_names
+from scconv.pretrained import FOLDER
 from scconv.recipes import RECIPES, Recipe, build_recipe, build_schedule, check_choice
 from scconv.results import device_name, find_commit, peak_memory_mib
 
@@ -57,55 +66,6 @@ def check_at_least(least: int, **values: int | None) -> None:
     for argument, value in values.items():
         if value is not None and value < least:
             raise ValueError(f"{argument}={value}: must be at least {least}")
-
-
-# ---- a run's state -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class RunState:
-    """All that training changes. Random numbers are not in it: they follow from the seed and the epoch."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler
-    scaler: torch.amp.GradScaler | None = None
-    epoch: int = 0  # epochs that are complete
-    history: list[dict] = field(default_factory=list)
-
-    def parts(self) -> dict:
-        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
-        return {name: part for name, part in parts.items() if part is not None}
-
-
-def save_checkpoint(state: RunState, path: Path, identity: dict) -> None:
-    """Write `state` to `path` at once or not at all. `identity` says which run it belongs to."""
-    parts = {name: part.state_dict() for name, part in state.parts().items()}
-    with atomic_file(path) as file:
-        torch.save({"identity": identity, "epoch": state.epoch, "history": state.history, **parts}, file)
-
-
-def read_checkpoint(path: Path, identity: dict) -> dict:
-    """What `save_checkpoint` wrote. A ValueError if the file is damaged or another run's."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        found = {key: saved["identity"][key] for key in identity}
-        complete = {"epoch", "history", "model", "optimizer", "scheduler"} <= saved.keys()
-    except Exception as error:  # a damaged file fails in many ways, and all mean the same to the reader
-        raise ValueError(f"{path}: not a readable checkpoint; delete it to start from the beginning") from error
-    if not complete:
-        raise ValueError(f"{path}: not a whole checkpoint; delete it to start from the beginning")
-    for key, value in identity.items():
-        if found[key] != value:
-            raise ValueError(f"{path}: checkpoint of another run, with {key}={found[key]!r} in place of {value!r}")
-    return saved
-
-
-def restore(state: RunState, saved: dict) -> None:
-    """Put what `read_checkpoint` returned into `state`."""
-    for name, part in state.parts().items():
-        part.load_state_dict(saved[name])
-    state.epoch, state.history = saved["epoch"], saved["history"]
 
 
 # ---- training and evaluation ---------------------------------------------------------------------------------------
@@ -128,6 +88,8 @@ class Run:
     channels_last: bool
     limit_train_batches: int | None
     threads: int | None
+    time_budget: float | None
+    checkpoint_minutes: float
     command: str | None  # None for a recipe that has no name
 
     @property
@@ -178,7 +140,8 @@ def train(
     """Train a network, write its weights and result into the folder `out`, and return the result.
 
     `data` is a name or what `load_data` returned; `settings` are those of `prepare_run`. Raises ValueError, before any
-    training, for what cannot be meant; FloatingPointError when the training loss is no longer finite.
+    training, for what cannot be meant; FloatingPointError when the loss is no longer finite; Stopped when it was asked
+    to stop (SIGTERM, Ctrl-C, `time_budget`) and has written a checkpoint.
     """
     run = prepare_run(model_name, data, recipe, seed, out, overwrite=overwrite, resume=resume, **settings)
     return execute_run(run, resume=resume, progress=progress)
@@ -204,6 +167,8 @@ def prepare_run(
     data_root: str | Path | None = None,
     download: bool = False,
     workers: int | None = None,
+    time_budget: float | None = None,
+    checkpoint_minutes: float = 10.0,
     scconv: dict | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -211,7 +176,9 @@ def prepare_run(
     """Check everything that can be checked without training, and load the data.
 
     `small_images` chooses the stem (default: for images of at most 64 pixels), `scconv` are options of `build_model`,
-    `limit_train_batches` shortens each epoch, `threads` are the processor's. `out` is made where it does not exist.
+    `limit_train_batches` shortens each epoch, `threads` are the processor's. `time_budget` (seconds) stops the run with
+    a checkpoint before they are over; there is one after each epoch and each `checkpoint_minutes` besides. `out` is
+    made where it does not exist.
     """
     check_choice("model", model_name, model_names())
     check_choice("precision", precision, PRECISIONS)
@@ -226,7 +193,8 @@ def prepare_run(
         raise ValueError(f"lr={recipe.lr}: must be more than 0")
     check_at_least(0, seed=seed)
     check_at_least(1, epochs=recipe.epochs, batch_size=recipe.batch_size)
-    check_at_least(1, limit_train_batches=limit_train_batches, threads=threads)
+    check_at_least(1, limit_train_batches=limit_train_batches, threads=threads, time_budget=time_budget)
+    check_at_least(0, checkpoint_minutes=checkpoint_minutes)
     out = check_folder(out)
     if not isinstance(data, ImageData):
         data = load_data(data, root=data_root, image_size=image_size, download=download, workers=workers)
@@ -264,6 +232,8 @@ def prepare_run(
         channels_last=channels_last,
         limit_train_batches=limit_train_batches,
         threads=threads,
+        time_budget=time_budget,
+        checkpoint_minutes=checkpoint_minutes,
         command=write_command(arguments, options) if recipe_has_name else None,
     )
     try:
@@ -277,6 +247,7 @@ def prepare_run(
 
 def execute_run(run: Run, *, resume: bool = False, progress: bool = True) -> dict:
     """Train, then write weights and result. See `train`."""
+    stop_at = time.monotonic() + (run.time_budget or math.inf)
     if run.threads:
         torch.set_num_threads(run.threads)
     accelerator = build_accelerator(run)
@@ -286,18 +257,26 @@ def execute_run(run: Run, *, resume: bool = False, progress: bool = True) -> dic
     counts = {"params": count_params(model), "macs": count_macs(model, shape)}
     if run.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if accelerator.num_processes > 1:
+        model = share_batch_norm(model, accelerator.device)
     state = build_state(run, model.to(accelerator.device), accelerator)
     prepared = accelerator.prepare_model(model)
-    if resume and run.path(".checkpoint.pt").exists():
-        restore(state, read_checkpoint(run.path(".checkpoint.pt"), run.identity()))
+    if resume and (saved := load_checkpoint(run.path(".checkpoint.pt"), run.identity(), warn)):
+        restore(state, saved, accelerator.device)
+        if state.now and not accelerator.is_main_process:
+            state.now.totals.zero_()  # what was summed up before is the main process's
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    fit(run, state, prepared, accelerator, progress)
+    fit(run, state, prepared, accelerator, progress, stop_at)
 
     result = write_result(run, state, counts, accelerator) if accelerator.is_main_process else {}
     accelerator.wait_for_everyone()
     return result
+
+
+def warn(message: str) -> None:
+    print(f"scconv.train: {message}", file=sys.stderr)
 
 
 def start_processes() -> PartialState:
@@ -328,52 +307,98 @@ def build_state(run: Run, model: nn.Module, accelerator: Accelerator) -> RunStat
     return RunState(model, accelerator.prepare_optimizer(optimizer), scheduler, accelerator.scaler)
 
 
-def fit(run: Run, state: RunState, model: nn.Module, accelerator: Accelerator, progress: bool) -> None:
-    """Train `state` from its epoch to the last. `model` is its model as Accelerate prepared it."""
+class Stopped(Exception):
+    """The run was asked to stop, and has written a checkpoint."""
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """SIGTERM and Ctrl-C put their name on this list, for the step to be finished; a second one acts at once."""
+    asked, before = [], {}
+
+    def note(number: int, _) -> None:
+        asked.append(signal.Signals(number).name)
+        signal.signal(number, before[number])
+
+    try:
+        if threading.current_thread() is threading.main_thread():  # Python takes signals nowhere else
+            for number in (signal.SIGTERM, signal.SIGINT):
+                before[number] = signal.signal(number, note)
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Watch:
+    """Says between two steps whether to stop, and whether to save."""
+
+    asked: list[str]
+    stop_at: float  # on time.monotonic's clock, as `saved_at`
+    save_every: float  # seconds
+    saved_at: float
+
+    def why_stop(self, seconds_ahead: float) -> str | None:
+        """`seconds_ahead` is what will pass until the next question."""
+        if self.asked:
+            return self.asked[0]
+        return "the time budget" if time.monotonic() + seconds_ahead > self.stop_at else None
+
+    def is_save_due(self) -> bool:
+        return time.monotonic() - self.saved_at > self.save_every
+
+
+def fit(
+    run: Run, state: RunState, model: nn.Module, accelerator: Accelerator, progress: bool, stop_at: float = math.inf
+) -> None:
+    """Train `state` to its last epoch, or raise Stopped. `model` is its model as Accelerate prepared it."""
     data = run.data.to(accelerator.device)
     recipe, show = run.recipe, progress and accelerator.is_main_process
     bar = tqdm(
         total=recipe.epochs * run.steps_per_epoch,
-        initial=state.epoch * run.steps_per_epoch,
+        initial=state.epoch * run.steps_per_epoch + (state.now.step if state.now else 0),
         desc=run.name,
         disable=None if show else True,  # None: a bar in a terminal, none in a log
     )
-    with bar:
+    with bar, stop_signals() as asked:
+        watch = Watch(asked, stop_at, 60 * run.checkpoint_minutes, time.monotonic())
         while state.epoch < recipe.epochs:
+            train_epoch(run, state, model, data, accelerator, bar, watch)
             start = time.perf_counter()
-            lr = state.scheduler.get_last_lr()[0]
-            trained = train_epoch(run, state, model, data, accelerator, bar)
-            train_seconds = time.perf_counter() - start
-            check_finite("training", trained["loss"], state.epoch + 1, lr)
             tested = evaluate(model, data, accelerator=accelerator)
-            check_finite("test", tested["loss"], state.epoch + 1, lr)
-            state.epoch += 1
+            if not math.isfinite(tested["loss"]):
+                raise diverged(run, state, "test", tested["loss"], state.now.step)
+            trained, train_seconds = means(state.now.totals, accelerator), state.now.seconds
             state.history.append(
                 {
-                    "epoch": state.epoch,
-                    "lr": lr,
+                    "epoch": state.epoch + 1,
+                    "lr": state.now.lr,
                     "train_loss": trained["loss"],
                     "train_top1": trained["top1"],
                     "test_loss": tested["loss"],
                     "test_top1": tested["top1"],
                     "test_top5": tested["top5"],
                     "train_seconds": train_seconds,
-                    "seconds": time.perf_counter() - start,
+                    "seconds": train_seconds + time.perf_counter() - start,
                 }
             )
-            if accelerator.is_main_process and state.epoch < recipe.epochs:
+            state.epoch, state.now = state.epoch + 1, None
+            if accelerator.is_main_process:
                 save_checkpoint(state, run.path(".checkpoint.pt"), run.identity())
             if show:
                 tqdm.write(describe_epoch(state.history[-1], recipe.epochs))
 
 
 def train_epoch(
-    run: Run, state: RunState, model: nn.Module, data: ImageData, accelerator: Accelerator, bar: tqdm
-) -> dict[str, float]:
-    """One pass over the training images: mean loss (label smoothing included) and top-1, as the network saw them."""
+    run: Run, state: RunState, model: nn.Module, data: ImageData, accelerator: Accelerator, bar: tqdm, watch: Watch
+) -> None:
+    """Train to the end of the epoch, summing up loss (label smoothing included) and top-1 as the network saw them."""
     recipe = run.recipe
-    torch.manual_seed(derive_seed(run.seed, state.epoch, 3))  # for networks with dropout
-    totals = new_totals(accelerator.device)
+    if state.now is None:
+        torch.manual_seed(derive_seed(run.seed, state.epoch, 3))  # for networks with dropout
+        state.now = begin_epoch(state, accelerator.device)
+    now = state.now
     batches = train_batches(
         data,
         recipe.batch_size,
@@ -383,9 +408,16 @@ def train_epoch(
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         device=accelerator.device,
+        start=now.step,
     )
+    seconds_before, steps_before, start = now.seconds, now.step, time.perf_counter()
     model.train()
-    for _, (images, labels) in zip(range(run.steps_per_epoch), batches, strict=False):
+    while True:
+        step_seconds = (now.seconds - seconds_before) / max(1, now.step - steps_before)
+        save_or_stop(run, state, accelerator, watch, step_seconds)
+        if now.step == run.steps_per_epoch:
+            return
+        images, labels = next(batches)
         logits = model(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
         state.optimizer.zero_grad()
@@ -393,9 +425,71 @@ def train_epoch(
         state.optimizer.step()
         if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflow
             state.scheduler.step()
-        add_to_totals(totals, loss.detach() * len(labels), logits.detach(), labels)
+        add_to_totals(now.totals, loss.detach() * len(labels), logits.detach(), labels)
+        now.good_steps += now.totals[0].isfinite()
+        now.step += 1
+        now.seconds = seconds_before + time.perf_counter() - start
         bar.update()
-    return means(totals, accelerator)
+
+
+def begin_epoch(state: RunState, device: torch.device) -> EpochSoFar:
+    good_steps = torch.zeros((), dtype=torch.int64, device=device)
+    return EpochSoFar(0, new_totals(device), good_steps, state.scheduler.get_last_lr()[0])
+
+
+def save_or_stop(run: Run, state: RunState, accelerator: Accelerator, watch: Watch, step_seconds: float) -> None:
+    """Between two steps: refuse a loss that is not finite, save when it is due, raise Stopped when it is asked for."""
+    left, alone = run.steps_per_epoch - state.now.step, accelerator.num_processes == 1
+    if not alone and left and state.now.step % 10:
+        return  # the processes must agree, which costs a message
+    # What comes before the next question: some steps, or, after the last, the test images (forward only).
+    ahead = step_seconds * ((2 if alone else 20) if left else run.data.num_test / run.recipe.batch_size)
+    why = watch.why_stop(ahead)
+    wish = 2 if why else 1 if left and watch.is_save_due() else 0
+    if not alone:
+        wish = int(accelerator.gather(torch.tensor([wish], device=accelerator.device)).max())
+    if wish or not left or accelerator.device.type == "cpu":  # looking at the loss would make a GPU wait
+        check_finite(run, state, accelerator)
+    if wish:
+        save_within_epoch(run, state, accelerator)
+        watch.saved_at = time.monotonic()
+    if wish == 2:
+        raise Stopped(
+            f"stopped by {why or 'another process'} in epoch {state.epoch + 1} of {run.recipe.epochs}, after step "
+            f"{state.now.step} of {run.steps_per_epoch}; go on with resume=True (--resume)"
+        )
+
+
+def save_within_epoch(run: Run, state: RunState, accelerator: Accelerator) -> None:
+    totals = accelerator.reduce(state.now.totals.clone(), "sum")
+    if accelerator.is_main_process:
+        whole = replace(state, now=replace(state.now, totals=totals))
+        save_checkpoint(whole, run.path(".checkpoint.pt"), run.identity())
+
+
+def check_finite(run: Run, state: RunState, accelerator: Accelerator) -> None:
+    loss = means(state.now.totals, accelerator)["loss"] if state.now.step else 0.0
+    if not math.isfinite(loss):
+        raise diverged(run, state, "training", loss, int(state.now.good_steps) + 1)
+
+
+def diverged(run: Run, state: RunState, which: str, loss: float, step: int) -> FloatingPointError:
+    """The error that says where it happened and what is left."""
+    path, lr = run.path(".checkpoint.pt"), rate_at(run, state.epoch * run.steps_per_epoch + step - 1)
+    kept = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+    return FloatingPointError(
+        f"{which} loss is {loss} in epoch {state.epoch + 1}, step {step}, learning rate {lr:.6g}; {kept}"
+    )
+
+
+def rate_at(run: Run, step: int) -> float:
+    """The learning rate of a step, counted from the first of the run as 0."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=run.recipe.lr)
+    scheduler = build_schedule(optimizer, run.recipe, run.steps_per_epoch)
+    for _ in range(step):
+        optimizer.step()
+        scheduler.step()
+    return scheduler.get_last_lr()[0]
 
 
 @torch.no_grad()
@@ -437,11 +531,6 @@ def means(totals: Tensor, accelerator: Accelerator | None) -> dict[str, float]:
     return {"loss": loss / count, "top1": top1 / count, "top5": top5 / count}
 
 
-def check_finite(which: str, loss: float, epoch: int, lr: float) -> None:
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"{which} loss is {loss} in epoch {epoch}, which began with learning rate {lr:.6g}")
-
-
 def describe_epoch(row: dict, epochs: int) -> str:
     return (
         f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.4g}  train loss {row['train_loss']:.4f}"
@@ -470,8 +559,8 @@ def check_names_free(run: Run, overwrite: bool, resume: bool) -> None:
     result, checkpoint = run.path(".json"), run.path(".checkpoint.pt")
     if result.exists() and not overwrite:
         raise ValueError(f"out: {result} exists; replace it with overwrite=True (--overwrite), or take another folder")
-    if checkpoint.exists() and resume:
-        read_checkpoint(checkpoint, run.identity())
+    if resume:
+        load_checkpoint(checkpoint, run.identity(), lambda message: None)
     elif checkpoint.exists() and not overwrite:
         raise ValueError(
             f"out: {checkpoint} exists; go on from it with resume=True (--resume), or start again with overwrite=True "
@@ -489,7 +578,7 @@ def write_result(run: Run, state: RunState, counts: dict, accelerator: Accelerat
     result = describe_run(run, state.history, counts, accelerator.device, digest)
     with atomic_file(run.path(".json")) as file:
         file.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
-    run.path(".checkpoint.pt").unlink(missing_ok=True)
+    remove_checkpoints(run.path(".checkpoint.pt"))
     return result
 
 
@@ -542,13 +631,15 @@ def describe_run(run: Run, history: list[dict], counts: dict, device: torch.devi
 
 
 def load_trained(path: str | Path) -> nn.Module:
-    """The trained network, in eval mode, of a result file `<name>.json`, from the weights beside it.
+    """The trained network, in eval mode, of a result file `<name>.json`, from the weights beside it or in the package.
 
     Raises ValueError when the weights are missing, or not the ones that the run wrote.
     """
     path = Path(path)
     result = json.loads(path.read_text())
     weights = path.with_name(result["weights"]["file"])
+    if not weights.exists() and (FOLDER / weights.name).exists():
+        weights = FOLDER / weights.name
     if not weights.exists():
         raise ValueError(f"{weights}: not there; {path.name} describes weights that were not kept beside it")
     if hashlib.sha256(weights.read_bytes()).hexdigest() != result["weights"]["sha256"]:
@@ -632,13 +723,16 @@ def build_parser() -> OneLineParser:
         metavar="KEY=VALUE",
         help="an option of SCConv, such as gate=hard; may be repeated",
     )
+    parser.add_argument("--time-budget", type=float, metavar="SECONDS", help="stop before, to be resumed")
+    parser.add_argument("--checkpoint-minutes", type=float, metavar="MINUTES", default=10.0,
+                        help="a checkpoint this often besides the one after each epoch (default: 10)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace a result of the same name")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, or 3 when the loss was no longer finite; exits with 2 on misuse."""
+    """The command line. Returns the exit status that this file's first lines explain; exits with 2 on misuse."""
     parser = build_parser()
     given = vars(parser.parse_args(arguments))
     given["scconv"] = dict(given["scconv"])
@@ -649,8 +743,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = execute_run(run, resume=given["resume"])
     except FloatingPointError as error:
-        print(f"scconv.train: {error}", file=sys.stderr)
+        warn(str(error))
         return 3
+    except Stopped as stop:
+        warn(str(stop))
+        return 4
+    except OSError as error:
+        warn(f"{error.filename or run.out}: {error.strerror or error}; the files that were there are as they were")
+        return 5
     if result:
         print(f"{run.path('.json')}: test top-1 {result['test']['top1']:.4f}, {result['seconds']:.0f} s")
     return 0

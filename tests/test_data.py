@@ -1,5 +1,7 @@
 """The image sets and their batches, held against slow loops and counts made by other means."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from scconv.data import (
     load_data,
     normalise,
     photograph_addresses,
+    pick_test_images,
     random_crop_and_flip,
     train_batches,
 )
@@ -144,6 +147,30 @@ def test_train_batches_are_the_sampler_and_the_augmentation(world):
         assert not torch.equal(x * 255, images[y].float())
     for x, y in train_batches(data, 6, 3, 4, augment=False):
         torch.testing.assert_close(x * 255, images[y].float())
+
+
+@pytest.mark.parametrize("start", [0, 3, 44])
+def test_an_epoch_can_be_entered_later(start):
+    data = load_data("digits", image_size=8)
+    whole = list(train_batches(data, 32, seed=1, epoch=2))
+    rest = list(train_batches(data, 32, seed=1, epoch=2, start=start))
+    assert len(whole) == 1437 // 32
+    assert len(rest) == len(whole) - start
+    for (images, labels), (expected, expected_labels) in zip(rest, whole[start:], strict=True):
+        assert torch.equal(images, expected)
+        assert torch.equal(labels, expected_labels)
+
+
+def test_the_same_test_images_are_picked_in_each_order():
+    data = load_data("digits", image_size=8)
+    order = data.test[1].argsort(stable=True)
+    by_class = replace(data, test=(data.test[0][order], data.test[1][order]))
+    picked, others = (pick_test_images(copy, 100) for copy in (data, by_class))
+    assert torch.equal(picked[0], others[0])
+    assert torch.equal(picked[1], others[1])
+    assert len(picked[1].unique()) == 10
+    brightness = picked[0].double().mean() / data.test[0].double().mean()
+    assert 0.9 < brightness < 1.1, "the lot must not depend on how bright an image is"
 
 
 def test_eval_batches_are_all_images_in_order():

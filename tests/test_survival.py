@@ -1,0 +1,287 @@
+"""A run that is killed, stopped, cut short or shared ends where the one that was left alone ends."""
+
+import errno
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from scconv import files
+from scconv import train as train_module
+from scconv.data import load_data
+from scconv.recipes import QUICK
+from scconv.train import Stopped, main, train
+
+RECIPE = replace(QUICK, epochs=3, batch_size=32)
+STEPS = 12
+COMMAND = f"--model resnet20 --data digits --recipe quick --image-size 8 --epochs 3 --limit-train-batches {STEPS}"
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits", image_size=8)
+
+
+def run(data, out, recipe=RECIPE, **settings):
+    return train("resnet20", data, recipe, 0, out, limit_train_batches=STEPS, progress=False, **settings)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digits, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    return run(digits, out), out
+
+
+def without_times(result: dict) -> list[dict]:
+    return [{key: value for key, value in row.items() if "seconds" not in key} for row in result["history"]]
+
+
+def assert_same(out: Path, other: tuple[dict, Path]) -> None:
+    (path,), (weights,), (expected,) = (
+        out.glob("*.json"), out.glob("*.safetensors"), other[1].glob("*.safetensors"),
+    )  # fmt: skip
+    assert without_times(json.loads(path.read_text())) == without_times(other[0])
+    tensors, others = load_file(weights), load_file(expected)
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+    assert not list(out.glob("*.pt"))
+
+
+def start(out: Path, *words: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "scconv.train", *COMMAND.split(), *words, "--threads", "1", "--out", str(out)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+# ---- killed and stopped --------------------------------------------------------------------------------------------
+
+
+def test_killed_five_times_at_random_moments(undisturbed, tmp_path):
+    """Each time it is killed a random moment after it has written another checkpoint; one is written at each step."""
+    waits = random.Random(0)
+    for _ in range(5):
+        known = {path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
+        process = start(tmp_path, "--resume", "--checkpoint-minutes", "0")
+        wait_for(lambda: {p.stat().st_mtime_ns for p in tmp_path.glob("*.pt")} - known, process)  # noqa: B023
+        time.sleep(waits.uniform(0, 0.4))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    process = start(tmp_path, "--resume")
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    assert_same(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, digits, undisturbed, tmp_path, monkeypatch):
+    steps = []
+
+    def signal_at_the_fifteenth(*arguments):
+        steps.append(1)
+        if len(steps) == 15:
+            os.kill(os.getpid(), number)
+        return add_to_totals(*arguments)
+
+    add_to_totals = train_module.add_to_totals
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "add_to_totals", signal_at_the_fifteenth)
+        # 12 steps and 1 batch of 360 test images make 13 calls in the first epoch
+        with pytest.raises(Stopped, match=rf"stopped by {number.name} in epoch 2 of 3, after step 2 of 12; .*--resume"):
+            run(digits, tmp_path)
+    assert signal.getsignal(number) == handler
+    assert not list(tmp_path.glob("*.json"))
+    run(digits, tmp_path, resume=True)
+    assert_same(tmp_path, undisturbed)
+
+
+def test_a_time_budget_is_kept_and_the_pieces_make_the_whole(digits, undisturbed, tmp_path, monkeypatch):
+    """With a clock that goes on by a second at each look, so that every machine stops at the same steps."""
+    clock = itertools.count()
+    ticking = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=lambda: next(clock))
+    monkeypatch.setattr(train_module, "time", ticking)
+    pieces = []
+    for _ in range(10):
+        begin = next(clock)
+        try:
+            run(digits, tmp_path, resume=True, time_budget=70)
+            break
+        except Stopped:
+            pieces.append(next(clock) - begin)
+    assert len(pieces) > 1
+    assert max(pieces) <= 70
+    assert_same(tmp_path, undisturbed)
+
+
+def test_a_stopped_command_exits_with_4_and_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_module.Watch, "why_stop", lambda *_: "SIGTERM")
+    assert main([*COMMAND.split(), "--out", str(tmp_path)]) == 4
+    error = capsys.readouterr().err
+    assert "stopped by SIGTERM in epoch 1 of 3, after step 0 of 12; go on with" in error
+    assert error.count("\n") == 1
+
+
+# ---- damage --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped_twice(digits, tmp_path, monkeypatch):
+    """A folder with two checkpoints, after steps 5 and 8 of the first epoch."""
+    for step in (5, 8):
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module.Watch, "why_stop", stop_at_call(step + 1 if step == 5 else 4))
+            with pytest.raises(Stopped, match=f"after step {step} of"):
+                run(digits, tmp_path, resume=True)
+    newest, before = sorted(tmp_path.glob("*.pt"), key=lambda path: len(path.name))
+    assert ".checkpoint-before." in before.name
+    return newest, before
+
+
+def stop_at_call(number: int):
+    calls = []
+
+    def why_stop(*_):
+        calls.append(1)
+        return "the test" if len(calls) == number else None
+
+    return why_stop
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(digits, undisturbed, stopped_twice, capsys):
+    newest, _ = stopped_twice
+    newest.write_bytes(newest.read_bytes()[:5000])
+    run(digits, newest.parent, resume=True)
+    error = capsys.readouterr().err
+    assert f"{newest}: not a readable checkpoint (cut short?); going on from the one before it" in error
+    assert_same(newest.parent, undisturbed)
+
+
+def test_a_lost_checkpoint_falls_back_too(digits, undisturbed, stopped_twice):
+    """Between the two renames of a save only the one before has its name."""
+    stopped_twice[0].unlink()
+    run(digits, stopped_twice[0].parent, resume=True)
+    assert_same(stopped_twice[0].parent, undisturbed)
+
+
+def test_two_damaged_checkpoints_are_refused_and_kept(digits, stopped_twice):
+    for path in stopped_twice:
+        path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        run(digits, stopped_twice[0].parent, resume=True)
+    assert all(path.read_bytes() == b"nothing" for path in stopped_twice)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipe": replace(RECIPE, lr=0.02)}, "recipe="),
+        ({"model": "resnet32"}, "model='resnet20' in place of 'resnet32'"),
+        ({"classes": 7}, "classes=10 in place of 7"),
+        ({"version": "9.9"}, "scconv version="),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(digits, stopped_twice, change, message, monkeypatch):
+    newest, before = stopped_twice
+    contents = newest.read_bytes(), before.read_bytes()
+    model, data = change.get("model", "resnet20"), digits
+    if "classes" in change:
+        data = replace(digits, classes=digits.classes[:7])
+    if "version" in change:
+        monkeypatch.setattr("scconv.checkpoint.__version__", change["version"])
+    # a recipe that was made by hand keeps the name, another model gets its own: give it the file
+    for path in stopped_twice:
+        path.with_name(path.name.replace("resnet20", model)).write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match=f"checkpoint of another run, with {message}") as error:
+        train(model, data, change.get("recipe", RECIPE), 0, newest.parent, limit_train_batches=STEPS, resume=True)
+    assert "\n" not in str(error.value)
+    assert (newest.read_bytes(), before.read_bytes()) == contents
+
+
+def test_a_full_disk_stops_in_one_line_and_what_was_saved_stays(undisturbed, tmp_path, monkeypatch, capsys):
+    """The disk fills up while the fourth file is written: the weights, after three checkpoints."""
+    calls, sync = [], os.fsync
+
+    def full_at_the_fourth(descriptor):
+        calls.append(1)
+        if len(calls) == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    words = [*COMMAND.split(), "--threads", "1", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full_at_the_fourth)
+        assert main(words) == 5
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert error.count("\n") == 1
+    assert len(list(tmp_path.iterdir())) == 2, "the two checkpoints, and no temporary file"
+    assert main([*words, "--resume"]) == 0
+    assert_same(tmp_path, undisturbed)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_checkpoint(digits, stopped_twice, monkeypatch):
+    content = stopped_twice[0].read_bytes()
+    cross_entropy = train_module.F.cross_entropy
+    losses = []
+
+    def infinite_at_the_third(*arguments, **keywords):
+        losses.append(1)
+        loss = cross_entropy(*arguments, **keywords)
+        return loss / 0 if len(losses) == 3 else loss
+
+    monkeypatch.setattr(train_module.F, "cross_entropy", infinite_at_the_third)
+    with pytest.raises(FloatingPointError, match=r"training loss is inf in epoch 1, step 11, learning rate") as error:
+        run(digits, stopped_twice[0].parent, resume=True, checkpoint_minutes=1e9)
+    assert f"the last good checkpoint is {stopped_twice[0]}" in str(error.value)
+    assert stopped_twice[0].read_bytes() == content
+
+
+# ---- shared --------------------------------------------------------------------------------------------------------
+
+TWO = """
+import json, sys, torch
+from dataclasses import replace
+from scconv.data import load_data
+from scconv.recipes import QUICK
+from scconv.train import train
+torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)
+result = train("resnet20", load_data("digits", image_size=8), replace(QUICK, epochs=2, batch_size=32), 0,
+               sys.argv[1], limit_train_batches=4, progress=False)
+"""
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    """In float64, to the rounding of sums that are taken in another order."""
+    (tmp_path / "two.py").write_text(TWO)
+    for processes in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *launcher, str(tmp_path / "two.py"), str(tmp_path / str(processes))]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (json.loads(next((tmp_path / n).glob("*.json")).read_text()) for n in "12")
+    for row, other in zip(one["history"], two["history"], strict=True):
+        for key in row.keys() - {"seconds", "train_seconds"}:
+            assert other[key] == pytest.approx(row[key], abs=1e-6), key
+    one, two = (load_file(next((tmp_path / n).glob("*.safetensors"))) for n in "12")
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=1e-9, msg=name)
