@@ -1,5 +1,7 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and checksums of what is in them."""
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,3 +26,9 @@ def atomic_file(path: Path, before_rename: Callable[[], None] | None = None) -> 
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def checksum(content: dict) -> str:
+    """SHA-256 of a dict without its own `sha256`, whatever the order of its keys."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -1,104 +1,156 @@
-"""Result files: the numbers that pages show, each written by the run that measured it, and where it ran.
+"""Result files of training runs: read them, put them into tables and learning curves.
 
-A notebook's numbers live in `results/notebooks/NAME.json`. The notebook ends with `record(NAME, …)`: with
-`SCCONV_RECORD=1` in the environment that writes the file, otherwise it compares. So a page never shows a number that
-its notebook no longer finds.
+`python -m scconv.results --table overall` prints the table that the report shows. Accuracies are fractions in the
+files and in the data frames; only what is printed is in percent.
 """
 
+import argparse
 import json
-import math
-import os
-import platform
-import subprocess
 import sys
 from pathlib import Path
 
-import torch
+import pandas as pd
 
-from scconv.files import atomic_file
+from scconv.files import checksum
+from scconv.record import RESULTS
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
+FIELDS = {
+    "format", "name", "model", "model_options", "data", "recipe", "limit_train_batches", "seed", "history", "test",
+    "params", "macs", "seconds", "images_per_second", "peak_memory_mib", "versions", "device", "precision", "weights",
+}  # fmt: skip
+TITLES = {"cifar100": "CIFAR-100", "food101": "Food-101", "digits": "digits"}
+MISSION = ("resnet50", "scconv_resnet50", "densenet121", "scconv_densenet121")
+# Rows that a table has with or without a run: (data, recipe, network). Other runs get theirs by being there.
+EXPECTED = tuple((data, "fast", network) for data in ("CIFAR-100", "Food-101") for network in MISSION)
+KEYS = ["data", "recipe", "epochs", "network"]
 
 
-def record(name: str, measured: dict, noisy: dict | None = None, *, rtol: float = 0.01, folder: Path = RESULTS) -> str:
-    """Write a notebook's numbers, or hold them against those that are written; returns a sentence that says which.
+# ---- files ---------------------------------------------------------------------------------------------------------
 
-    Args:
-        name: the notebook's name without its ending.
-        measured: numbers, text, lists and dicts of them, that every machine finds again to within `rtol`.
-        noisy: numbers such as times, that differ from machine to machine; kept, but never compared.
-        rtol: relative tolerance of the comparison.
+
+def read_run(path: Path) -> dict:
+    """One run's result file.
 
     Raises:
-        ValueError: a number differs from the written one, or one of the two lists has a number that the other lacks.
+        ValueError: it is cut short, misses a field, or is not as the run wrote it.
     """
-    path = folder / "notebooks" / f"{name}.json"
-    if os.environ.get("SCCONV_RECORD") == "1":
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        content = {"notebook": f"notebooks/{name}.ipynb", "measured": measured, "noisy": noisy or {},
-                   "versions": versions, "threads": torch.get_num_threads()}  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as file:
-            file.write((json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-        return f"Written to results/notebooks/{path.name}."
-    if not path.exists():
-        return f"Nothing to compare with: {path.name} has not been recorded here."
-    recorded = json.loads(path.read_text(encoding="utf-8"))["measured"]
-    differences = list(_differences(recorded, json.loads(json.dumps(measured)), rtol))
-    if differences:
-        first = "; ".join(differences[:3])
-        raise ValueError(f"{path.name} differs from this run in {len(differences)} places: {first}")
-    return f"Every number agrees with results/notebooks/{path.name}, to within {rtol:.0%}."
-
-
-def _differences(old, new, rtol: float, where: str = ""):
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in old.keys() | new.keys():
-            yield from _differences(old.get(key), new.get(key), rtol, f"{where}.{key}" if where else key)
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for position, (a, b) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(a, b, rtol, f"{where}.{position}")
-    elif _is_number(old) and _is_number(new):
-        if not math.isclose(old, new, rel_tol=rtol, abs_tol=1e-12):
-            yield f"{where} was {old:.6g} and is {new:.6g}"
-    elif old != new:
-        yield f"{where} was {old!r} and is {new!r}"
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def peak_memory_mib(device: torch.device) -> float | None:
-    """MiB: on CUDA what was allocated at most during the run, else what the process held at most since it began."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
     try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
+        result = json.loads(path.read_text(encoding="utf-8"))
+        missing = FIELDS - result.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a readable result file ({error})") from error
+    if missing:
+        raise ValueError(f"{path}: not a whole result file, without {', '.join(sorted(missing))}")
+    if result.get("sha256") != checksum(result):
+        raise ValueError(f"{path}: not as the run wrote it, its checksum differs")
+    return result
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+def read_runs(folder: Path = RESULTS / "runs") -> list[dict]:
+    """All runs in `folder`, by name. Those on a part of the training images (`limit_train_batches`) are left out."""
+    runs = [read_run(path) for path in sorted(folder.glob("*.json"))]
+    return [run for run in runs if run["limit_train_batches"] is None]
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def describe(run: dict) -> dict:
+    """The experiment that a run belongs to, in words. Runs that differ in their seed only are one experiment."""
+    data, recipe = run["data"], run["recipe"]
+    title = TITLES.get(data["name"], data["name"])
+    if data["name"] == "food101" and data["classes"] != 101:
+        title += f", {data['classes']} classes"
+    if data["image_size"] != (224 if data["name"] == "food101" else 32):
+        title += f", {data['image_size']} px"
+    options = "".join(f", {key}={value}" for key, value in run["model_options"].items())
+    return {"data": title, "recipe": recipe["name"], "epochs": recipe["epochs"], "network": run["model"] + options}
+
+
+def tabulate(runs: list[dict], expected: tuple[tuple[str, str, str], ...] = EXPECTED) -> pd.DataFrame:
+    """One row an experiment: n seeds, accuracy (median, least, most), size, speed; gaps where `expected` has no run."""
+    rows = [
+        {
+            **describe(run),
+            "top1": run["test"]["top1"],
+            "top5": run["test"]["top5"],
+            **{key: run[key] for key in ("params", "macs", "images_per_second", "seconds", "peak_memory_mib")},
+        }
+        for run in runs
+    ]
+    values = ["top1", "top5", "params", "macs", "images_per_second", "seconds", "peak_memory_mib"]
+    groups = pd.DataFrame(rows, columns=[*KEYS, *values]).groupby(KEYS, sort=False)
+    spread = groups["top1"].agg(n="size", least="min", most="max")
+    table = spread.join(groups[values].median()).reset_index()
+    there = set(zip(table["data"], table["recipe"], table["network"], strict=True))
+    gaps = [dict(zip(("data", "recipe", "network"), row, strict=True)) for row in expected if row not in there]
+    table = pd.concat([table, pd.DataFrame(gaps, columns=["data", "recipe", "network"])], ignore_index=True)
+    return table.sort_values(["data", "recipe", "epochs"], kind="stable", ignore_index=True)
+
+
+def paper_accuracy(network: str, path: Path = RESULTS / "paper.json") -> float | None:
+    """The paper's top-1 on CIFAR-100 with its own recipe of 200 epochs, tables 2 and 1; None where it has none."""
+    paper = json.loads(path.read_text(encoding="utf-8"))
+    rows = {**paper["table1"]["rows"], **paper["table2"]["rows"]}
+    return rows.get(network, {}).get("accuracy_cifar100")
+
+
+def count_epochs(epochs: float) -> str:
+    return f"{epochs:.0f} epoch" + ("" if epochs == 1 else "s")
+
+
+def show_table(runs: list[dict], which: str = "overall") -> pd.DataFrame:
+    """The table as the report prints it: all text. `which` is "overall", or the beginning of a set's title.
+
+    Raises:
+        ValueError: no set begins like that.
+    """
+    table = tabulate(runs)
+    if which != "overall":
+        table = table[table["data"].str.lower().str.startswith(which.lower())]
+        if table.empty:
+            raise ValueError(f"table={which!r}: must be overall, or how one of {', '.join(TITLES.values())} begins")
+    shown = []
+    for row in table.to_dict("records"):
+        ran = row["n"] == row["n"]  # not NaN
+        paper = paper_accuracy(row["network"]) if row["data"] == "CIFAR-100" else None
+        spread = f" ({row['least']:.2%} to {row['most']:.2%})" if ran and row["n"] > 1 else ""
+        shown.append(
+            {
+                "set": row["data"],
+                "network": row["network"],
+                "recipe": f"{row['recipe']}, {count_epochs(row['epochs'])}" if ran else row["recipe"],
+                "top-1": f"{row['top1']:.2%}{spread}" if ran else "not run yet",
+                "n": f"{row['n']:.0f}" if ran else "0",
+                "top-5": f"{row['top5']:.2%}" if ran else "–",
+                "paper's top-1": f"{paper:.2%}" if paper else "–",
+                "parameters (M)": f"{row['params'] / 1e6:.2f}" if ran else "–",
+                "MACs (M)": f"{row['macs'] / 1e6:.1f}" if ran else "–",
+                "images/s": f"{row['images_per_second']:.0f}" if ran else "–",
+                "minutes": f"{row['seconds'] / 60:.0f}" if ran else "–",
+                "peak memory (MiB)": f"{row['peak_memory_mib']:.0f}" if ran else "–",
+            }
+        )
+    return pd.DataFrame(shown)
+
+
+def learning_curves(runs: list[dict]) -> pd.DataFrame:
+    """One row an epoch and run: the history of each, beside the words of `describe` and the seed."""
+    return pd.DataFrame([{**describe(run), "seed": run["seed"], **row} for run in runs for row in run["history"]])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m scconv.results", description=__doc__.splitlines()[0])
+    parser.add_argument("--table", default="overall", metavar="SET", help="overall, or a set such as cifar")
+    parser.add_argument("--folder", type=Path, default=RESULTS / "runs", help="of the result files")
+    given = parser.parse_args(arguments)
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or device.type
+        print(show_table(read_runs(given.folder), given.table).to_string(index=False))
+    except ValueError as error:
+        print(f"scconv.results: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def find_commit() -> str | None:
-    """The commit of the checkout that this file is in, with -dirty for local changes; None where there is none."""
-    here = Path(__file__).resolve()
-    git = ["git", "-C", str(here.parent)]
-    try:
-        # a package installed inside another repository is not that repository's
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True, timeout=30)
-        command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(command, check=True, capture_output=True, timeout=30, text=True).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
+if __name__ == "__main__":
+    sys.exit(main())

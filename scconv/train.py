@@ -52,13 +52,13 @@ from scconv.data import (
     load_data,
     train_batches,
 )
-from scconv.files import atomic_file
+from scconv.files import atomic_file, checksum
+from scconv.machine import device_name, find_commit, peak_memory_mib
 from scconv.models import build_model, model_names
 from scconv.pretrained import FOLDER
 from scconv.recipes import RECIPES, Recipe, build_recipe, build_schedule, check_choice
-from scconv.results import device_name, find_commit, peak_memory_mib
 
-FORMAT = 1  # of the result file
+FORMAT = 2  # of the result file
 PRECISIONS = ("no", "bf16", "fp16")
 
 
@@ -576,6 +576,7 @@ def write_result(run: Run, state: RunState, counts: dict, accelerator: Accelerat
         file.write(weights)
     digest = hashlib.sha256(weights).hexdigest()
     result = describe_run(run, state.history, counts, accelerator.device, digest)
+    result["sha256"] = checksum(json.loads(json.dumps(result)))  # of what will be read again: tuples become lists
     with atomic_file(run.path(".json")) as file:
         file.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     remove_checkpoints(run.path(".checkpoint.pt"))

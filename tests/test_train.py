@@ -12,12 +12,12 @@ import torch
 from sklearn.metrics import log_loss, top_k_accuracy_score
 from torch import nn
 
-from scconv import results as results_module
+from scconv import machine as machine_module
 from scconv import train as train_module
 from scconv.complexity import count_params
 from scconv.data import ImageData, load_data, normalise
+from scconv.machine import find_commit
 from scconv.recipes import FAST, PAPER, PAPER_PHOTOGRAPHS, QUICK, build_recipe, build_schedule
-from scconv.results import find_commit
 from scconv.train import evaluate, load_trained, main, prepare_run, train
 
 TINY = replace(QUICK, epochs=2, batch_size=32)
@@ -400,7 +400,7 @@ def test_the_name_tells_runs_apart(digits, tmp_path):
 
 
 def test_an_unknown_commit_is_none(monkeypatch, tmp_path):
-    monkeypatch.setattr(results_module, "__file__", str(tmp_path / "train.py"))
+    monkeypatch.setattr(machine_module, "__file__", str(tmp_path / "train.py"))
     assert find_commit() is None
 
 

@@ -1,0 +1,43 @@
+"""Where a run took place: memory, processor, and which commit of this project."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """MiB: on CUDA what was allocated at most during the run, else what the process held at most since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or device.type
+
+
+def find_commit() -> str | None:
+    """The commit of the checkout that this file is in, with -dirty for local changes; None where there is none."""
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parent)]
+    try:
+        # a package installed inside another repository is not that repository's
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True, timeout=30)
+        command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, check=True, capture_output=True, timeout=30, text=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
