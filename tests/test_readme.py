@@ -10,7 +10,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_examples_print_what_is_written_below_them():
     examples = re.findall(r"```python\n(.*?)```\n\nprints\n\n```text\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     for source, expected in examples:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
