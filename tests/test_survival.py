@@ -1,5 +1,6 @@
 """A run that is killed, stopped, cut short or shared ends where the one that was left alone ends."""
 
+import contextlib
 import errno
 import itertools
 import json
@@ -70,6 +71,14 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
         time.sleep(0.01)
 
 
+def times_of_checkpoints(folder: Path) -> set[int]:
+    times = set()
+    for path in folder.glob("*.pt"):
+        with contextlib.suppress(FileNotFoundError):  # it was renamed just now
+            times.add(path.stat().st_mtime_ns)
+    return times
+
+
 # ---- killed and stopped --------------------------------------------------------------------------------------------
 
 
@@ -77,10 +86,10 @@ def test_killed_five_times_at_random_moments(undisturbed, tmp_path):
     """Each time it is killed a random moment after it has written another checkpoint; one is written at each step."""
     waits = random.Random(0)
     for _ in range(5):
-        known = {path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
+        known = times_of_checkpoints(tmp_path)
         process = start(tmp_path, "--resume", "--checkpoint-minutes", "0")
-        wait_for(lambda: {p.stat().st_mtime_ns for p in tmp_path.glob("*.pt")} - known, process)  # noqa: B023
-        time.sleep(waits.uniform(0, 0.4))
+        wait_for(lambda: times_of_checkpoints(tmp_path) - known, process)  # noqa: B023
+        time.sleep(waits.uniform(0, 0.1))
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
