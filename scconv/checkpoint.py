@@ -5,6 +5,7 @@ whole and on disk, so there is a good one whenever the power fails.
 """
 
 import io
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +70,7 @@ def save_checkpoint(state: RunState, path: Path, identity: dict) -> None:
     torch.save(content, packed)
 
     def keep_the_one_before() -> None:
-        if path.exists():
+        if zipfile.is_zipfile(path):  # one that was cut short must not push out the good one
             path.replace(path_before(path))
 
     with atomic_file(path, keep_the_one_before) as file:
@@ -82,7 +83,7 @@ def load_checkpoint(path: Path, identity: dict, warn: Callable[[str], None]) -> 
     Raises:
         ValueError: it belongs to another run or another version of the code, or none that is there can be read.
     """
-    there = [candidate for candidate in (path, path_before(path)) if candidate.exists()]
+    there = find_checkpoints(path)
     for candidate in there:
         try:
             saved = read(candidate)
@@ -124,6 +125,11 @@ def restore(state: RunState, saved: dict, device: torch.device) -> None:
         torch.cuda.set_rng_state_all(saved["random_gpu"])
 
 
+def find_checkpoints(path: Path) -> list[Path]:
+    """Those of the two that are there, the newest first."""
+    return [candidate for candidate in (path, path_before(path)) if candidate.exists()]
+
+
 def remove_checkpoints(path: Path) -> None:
-    for candidate in (path_before(path), path):
-        candidate.unlink(missing_ok=True)
+    for candidate in reversed(find_checkpoints(path)):
+        candidate.unlink()

@@ -9,7 +9,7 @@ often they were stopped or killed and resumed. Several processes (`torchrun --np
 `accelerate launch` on GPUs) share each batch and its batch normalisation, so that they compute what one process does.
 
 Exit status: 0 done, 2 misuse, 3 the loss was no longer finite, 4 stopped on request and ready for `--resume`, 5 a file
-could not be written.
+could not be read or written.
 """
 
 import argparse
@@ -41,7 +41,15 @@ from tqdm import tqdm
 
 from scconv import __version__ as scconv_version
 from scconv.batch_norm import share_batch_norm
-from scconv.checkpoint import EpochSoFar, RunState, load_checkpoint, remove_checkpoints, restore, save_checkpoint
+from scconv.checkpoint import (
+    EpochSoFar,
+    RunState,
+    find_checkpoints,
+    load_checkpoint,
+    remove_checkpoints,
+    restore,
+    save_checkpoint,
+)
 from scconv.complexity import count_macs, count_params
 from scconv.data import (
     DATA_NAMES,
@@ -475,8 +483,8 @@ def check_finite(run: Run, state: RunState, accelerator: Accelerator) -> None:
 
 def diverged(run: Run, state: RunState, which: str, loss: float, step: int) -> FloatingPointError:
     """The error that says where it happened and what is left."""
-    path, lr = run.path(".checkpoint.pt"), rate_at(run, state.epoch * run.steps_per_epoch + step - 1)
-    kept = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+    lr, there = rate_at(run, state.epoch * run.steps_per_epoch + step - 1), find_checkpoints(run.path(".checkpoint.pt"))
+    kept = f"the last good checkpoint is {there[0]}" if there else "there is no checkpoint yet"
     return FloatingPointError(
         f"{which} loss is {loss} in epoch {state.epoch + 1}, step {step}, learning rate {lr:.6g}; {kept}"
     )
@@ -556,15 +564,15 @@ def check_folder(out: str | Path) -> Path:
 
 def check_names_free(run: Run, overwrite: bool, resume: bool) -> None:
     """Nothing that a run wrote is replaced unless someone says so."""
-    result, checkpoint = run.path(".json"), run.path(".checkpoint.pt")
+    result, checkpoints = run.path(".json"), find_checkpoints(run.path(".checkpoint.pt"))
     if result.exists() and not overwrite:
         raise ValueError(f"out: {result} exists; replace it with overwrite=True (--overwrite), or take another folder")
     if resume:
-        load_checkpoint(checkpoint, run.identity(), lambda message: None)
-    elif checkpoint.exists() and not overwrite:
+        load_checkpoint(run.path(".checkpoint.pt"), run.identity(), lambda message: None)
+    elif checkpoints and not overwrite:
         raise ValueError(
-            f"out: {checkpoint} exists; go on from it with resume=True (--resume), or start again with overwrite=True "
-            "(--overwrite)"
+            f"out: {checkpoints[0]} exists; go on from it with resume=True (--resume), or start again with "
+            "overwrite=True (--overwrite)"
         )
 
 

@@ -183,6 +183,31 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(digits, undisturbed
     assert_same(newest.parent, undisturbed)
 
 
+def test_a_truncated_checkpoint_does_not_push_out_the_one_before(digits, stopped_twice, monkeypatch):
+    """The power fails between the two renames of the first save after a fall-back."""
+    newest, before = stopped_twice
+    good = before.read_bytes()
+    newest.write_bytes(newest.read_bytes()[:5000])
+    rename = os.replace
+
+    def cut_at_the_second(source, target):
+        if Path(target) == newest:
+            raise OSError("power cut")
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "replace", cut_at_the_second)
+    monkeypatch.setattr(train_module.Watch, "why_stop", lambda *_: "the test")
+    with pytest.raises(OSError, match="power cut"):
+        run(digits, newest.parent, resume=True)
+    assert before.read_bytes() == good
+
+
+def test_an_older_checkpoint_alone_is_not_thrown_away_unasked(digits, stopped_twice):
+    stopped_twice[0].unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-before\.pt exists; go on from it with resume=True"):
+        run(digits, stopped_twice[0].parent)
+
+
 def test_a_lost_checkpoint_falls_back_too(digits, undisturbed, stopped_twice):
     """Between the two renames of a save only the one before has its name."""
     stopped_twice[0].unlink()
