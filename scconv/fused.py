@@ -1,65 +1,184 @@
-"""SCConv by exact rewrites: the same function of the same parameters as `layers.py`, with less to compute and to move.
+"""What runs where an SCConv is called: the plain text of `layers.py`, or the same function with less to move.
 
-`layers.py` is the text to read; this is what `torch.compile` gets in its place. Equal up to rounding:
+- Without a compiler: `eager.py`, a forward and a backward pass by hand.
+- Under `torch.compile` and `torch.export`: the formulas below, in operators that a compiler fuses.
+- The plain text: inside `plain()`, and wherever someone looks at the parts or has changed them (`needs_plain`).
 
-1. The gate is a group norm: w_c · GN(x) is GN with the affine (w γ, w β).
-2. No concatenation: at α = 1/2 the halves that the SRU reconstructs are the ones that the CRU splits.
-3. One 1×1 convolution for the lower branch: Y2 = [PWC2; I] · squeeze_low, the product of two small matrices.
-4. The soft-max of two values is a sigmoid, β1 = σ(S1 - S2), and Eq. (9) is then Y2 + β1 (Y1 - Y2).
+All three take the same parameters and give the same values and gradients up to rounding. `eager.py` explains the
+rewrites. Those here differ in one: the group norm's statistics, and the pass back through it, are written out, half by
+half, so that each half's values are read once for the statistics and once for the rest.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from scconv.eager import EagerSCConv, Plan, at_centre, split
 
 if TYPE_CHECKING:
-    from scconv.layers import CRU, SRU
+    from scconv.layers import CRU, SRU, SCConv
+
+_plain_wanted = 0
 
 
-def reconstruct_halves(sru: "SRU", x: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. (1)-(4): both halves of the SRU's output, each (N, C/2, H, W), from x (N, C, H, W)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    gamma, beta = sru.gn.weight.to(wide.dtype), sru.gn.bias.to(wide.dtype)
-    w_gamma = gamma / gamma.sum()  # (2)
-    z = F.group_norm(wide, sru.gn.num_groups, w_gamma * gamma, w_gamma * beta, sru.gn.eps)  # (1)
-    informative = z > math.log(sru.gate_threshold / (1 - sru.gate_threshold))
-    if sru.gate == "soft":
-        weighted = torch.sigmoid(z).to(x.dtype) * x
-        x1, x2 = torch.where(informative, x, weighted), torch.where(informative, 0.0, weighted)  # (3)
-    else:
-        x1, x2 = torch.where(informative, x, 0.0), torch.where(informative, 0.0, x)
-    x11, x12 = x1.chunk(2, dim=1)  # 2 × (N, C/2, H, W)
-    x21, x22 = x2.chunk(2, dim=1)
-    return x11 + x22, x21 + x12  # (4)
+@contextmanager
+def plain() -> Iterator[None]:
+    """Inside, every SCConv runs the text of `layers.py`, operator by operator: to read, to count, or to differentiate
+    twice."""
+    global _plain_wanted
+    _plain_wanted += 1
+    try:
+        yield
+    finally:
+        _plain_wanted -= 1
 
 
-def lower_weight(cru: "CRU") -> Tensor:
-    """[PWC2; I] · squeeze_low as one 1×1 kernel, (C2, (1-α)C1, 1, 1)."""
-    squeeze = cru.squeeze_low.weight
-    if cru.pwc_low is None:
-        return squeeze
-    return torch.cat([(cru.pwc_low.weight.flatten(1) @ squeeze.flatten(1))[:, :, None, None], squeeze])
+STOCK: set[type] = {nn.GroupNorm, nn.Conv2d}  # layers.py adds SRU and CRU; a part of another class may do otherwise
 
 
-def transform_and_fuse(cru: "CRU", x_up: Tensor, x_low: Tensor) -> Tensor:
-    """Eq. (5)-(9), (N, C2, H', W'), from the split input: (N, αC1, H, W) and (N, (1-α)C1, H, W)."""
-    x_up = cru.squeeze_up(x_up)
-    y1 = cru.gwc(x_up) + cru.pwc_up(cru.at_kernel_centre(x_up))  # (5)
-    y2 = F.conv2d(cru.at_kernel_centre(x_low), lower_weight(cru), stride=cru.stride)  # (6)
-    if cru.fusion == "global":
-        beta1, beta2 = cru.fusion_weights(y1, y2)
-        return beta1.to(y1.dtype) * y1 + beta2.to(y2.dtype) * y2
-    wide = torch.promote_types(y1.dtype, torch.float32)
-    s1, s2 = (y.to(wide).mean((2, 3), keepdim=True) for y in (y1, y2))  # (7)
-    return y2 + torch.sigmoid(s1 - s2).to(y1.dtype) * (y1 - y2)  # (8), (9)
+def needs_plain(layer: "SCConv") -> bool:
+    """Whether this call must go through the layer's own parts, one after the other."""
+    if _plain_wanted or layer.order != "scconv" or torch.jit.is_tracing():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    if layer.cru.fusion != "branch" or torch._C._are_functorch_transforms_active():
+        return True  # the hand-written backward has no rule for torch.func; it would raise
+    return any(_is_watched(part) or type(part) not in STOCK for part in layer.modules() if part is not layer)
+
+
+def _is_watched(part: nn.Module) -> bool:
+    """Whether a hook waits for this part to run."""
+    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
 
 
 def scconv_forward(sru: "SRU", cru: "CRU", x: Tensor) -> Tensor:
     """An SRU, then a CRU: what `cru(sru(x))` computes."""
-    halves = reconstruct_halves(sru, x)
-    if cru.up_channels != cru.low_channels:
-        halves = torch.cat(halves, dim=1).split([cru.up_channels, cru.low_channels], dim=1)
-    return transform_and_fuse(cru, *halves)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gamma, beta = sru.gn.weight.to(wide), sru.gn.bias.to(wide)
+    w_gamma = gamma / gamma.sum()  # (2)
+    scale, shift = w_gamma * gamma, w_gamma * beta  # of the gate's group norm
+    if sru.gate == "hard":
+        scale, shift = scale.detach(), shift.detach()  # they act through a comparison only
+    plan = Plan(
+        sru.gn.num_groups, sru.gn.eps, math.log(sru.gate_threshold / (1 - sru.gate_threshold)), sru.gate == "soft",
+        cru.up_channels, cru.stride, cru.padding, cru.dilation, cru.gwc.groups, cru.margin,
+    )  # fmt: skip
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    lower = torch.eye(cru.squeeze_low.out_channels, dtype=dtype, device=x.device)
+    if cru.pwc_low is not None:
+        lower = torch.cat([cru.pwc_low.weight.flatten(1).to(dtype), lower])  # [PWC2; I]
+    convolutions = cru.squeeze_up, cru.squeeze_low, cru.gwc, cru.pwc_up
+    weights = [convolution.weight.to(dtype) for convolution in convolutions]
+    bias = None if cru.gwc.bias is None else cru.gwc.bias.to(dtype)
+    run = compiled_scconv if torch.compiler.is_compiling() else EagerSCConv.apply
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        return run(x, scale, shift, *weights, bias, lower, plan)
+
+
+# ---- for a compiler ------------------------------------------------------------------------------------------------
+
+
+def per_group(values: Tensor, groups: int) -> Tensor:
+    """(C,) as a (groups, C) matrix with each value in its group's row. A product with it spreads (N, groups) to (N, C),
+    and is a call of its own, so that a compiler does not repeat it for every pixel."""
+    rows = torch.eye(groups, dtype=values.dtype, device=values.device)
+    return rows.repeat_interleave(len(values) // groups, dim=1) * values
+
+
+def group_statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1/σ of each group, (N, groups), in one pass: sums about a value near the mean, merged as Chan does."""
+    n, channels, height, width = x.shape
+    near = x[:, :, :: max(1, height // 8), :: max(1, width // 8)].mean((2, 3), keepdim=True)
+    centred = x - near
+    count = height * width
+    mean = (near.flatten(1) + centred.mean((2, 3))).view(n, groups, channels // groups)  # of each channel
+    within = centred.square().sum((2, 3)) - count * (mean.flatten(1) - near.flatten(1)).square()
+    group_mean = mean.mean(2)
+    between = count * (mean - group_mean[:, :, None]).square().sum(2)
+    variance = (within.view(mean.shape).sum(2) + between) / (count * (channels // groups))
+    return group_mean, torch.rsqrt(variance + eps)
+
+
+def gate_halves(x: Tensor, factor: Tensor, offset: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For both halves of the channels: x, the gate's logit z, and the factor; (N, C/2, …)."""
+    for x_half, factor_half, offset_half in zip(*(t.chunk(2, dim=1) for t in (x, factor, offset)), strict=True):
+        factor_half = factor_half[:, :, None, None]
+        yield x_half, x_half * factor_half + offset_half[:, :, None, None], factor_half
+
+
+class Reconstruct(torch.autograd.Function):
+    """Eq. (1)-(4): both halves of X^w, each (N, C/2, H, W), from x (N, C, H, W)."""
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, plan):
+        mean, rstd = group_statistics(x, plan.gn_groups, plan.eps)
+        spread = per_group(scale, plan.gn_groups)
+        factor, offset = rstd @ spread, torch.addmm(shift, mean * rstd, spread, alpha=-1)
+        ctx.save_for_backward(x, scale, mean, rstd, factor, offset)
+        ctx.plan = plan
+        informative, rest = [], []
+        for x_half, z, _ in gate_halves(x, factor, offset):
+            informative.append(torch.where(z > plan.threshold, x_half, 0.0))
+            weight = torch.sigmoid(z) if plan.soft else 1.0
+            rest.append(torch.where(z > plan.threshold, 0.0, weight * x_half))  # (3)
+        if not plan.soft:
+            return informative[0] + rest[1], informative[1] + rest[0]
+        r = rest[0] + rest[1]
+        return informative[0] + r, informative[1] + r  # (4)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_up, g_low):
+        x, scale, mean, rstd, factor, offset = ctx.saved_tensors
+        plan, groups = ctx.plan, ctx.plan.gn_groups
+        direct, sums, sums_x = [], [], []
+        for (x_half, z, factor_half), g, other in zip(
+            gate_halves(x, factor, offset), (g_up, g_low), (g_low, g_up), strict=True
+        ):
+            if not plan.soft:
+                direct.append(torch.where(z > plan.threshold, g, other))
+                continue
+            weight = torch.sigmoid(z)
+            below = weight * (g_up + g_low)
+            g_z = torch.where(z > plan.threshold, 0.0, below * (1 - weight) * x_half)
+            sums.append(g_z.sum((2, 3)))
+            sums_x.append((g_z * x_half).sum((2, 3)))
+            direct.append(torch.where(z > plan.threshold, g, below) + factor_half * g_z)
+        if not plan.soft:
+            return torch.cat(direct, dim=1), None, None, None
+        # Back through the group norm: with g' = scale · g_z, what each group's mean and variance pass on.
+        n, channels, height, width = x.shape
+        sums = torch.cat(sums, dim=1).view(n, groups, channels // groups)
+        sums_norm = (torch.cat(sums_x, dim=1).view(sums.shape) - mean[:, :, None] * sums) * rstd[:, :, None]
+        count = height * width * (channels // groups)
+        by_scale = scale.view(1, groups, -1)
+        slope = -(rstd.square()) * (sums_norm * by_scale).sum(2) / count  # (N, groups)
+        level = -rstd * (sums * by_scale).sum(2) / count - mean * slope
+        spread = per_group(torch.ones_like(scale), groups)
+        parts = ((slope @ spread)[:, :, None, None], (level @ spread)[:, :, None, None], x)
+        halves = zip(direct, *(part.chunk(2, dim=1) for part in parts), strict=True)
+        g_x = [g + half_slope * half + half_level for g, half_slope, half_level, half in halves]
+        return torch.cat(g_x, dim=1), sums_norm.sum(0).flatten(), sums.sum(0).flatten(), None
+
+
+def compiled_scconv(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower, plan):
+    """Eq. (1)-(9) in operators that a compiler fuses."""
+    up, low = split(*Reconstruct.apply(x.to(scale.dtype), scale, shift, plan), plan.up_channels)
+    x_up = F.conv2d(up.to(gwc.dtype), squeeze_up)
+    x_low = F.conv2d(at_centre(low, plan).to(gwc.dtype), squeeze_low)
+    y1 = F.conv2d(x_up, gwc, bias, plan.stride, plan.padding, plan.dilation, plan.groups)
+    y1 = y1 + F.conv2d(at_centre(x_up, plan), pwc_up)  # (5)
+    y2 = F.conv2d(x_low, lower[:, :, None, None])  # (6)
+    s1 = y1.mean((2, 3), dtype=scale.dtype)  # (7)
+    s2 = x_low.mean((2, 3), dtype=scale.dtype) @ lower.to(scale.dtype).t()  # the mean of Y2: averaging is linear
+    beta1 = torch.sigmoid(s1 - s2)[:, :, None, None].to(y1.dtype)  # (8)
+    return y2 + beta1 * (y1 - y2)  # (9)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scconv.fused import scconv_forward
+from scconv.fused import STOCK, needs_plain, scconv_forward
 
 GATES = ("soft", "hard")
 FUSIONS = ("branch", "global")
@@ -276,9 +276,10 @@ class SCConv(nn.Module):
             self.cru = CRU(*convolution, **cru, **to)
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_input(x, self.in_channels)
+        if not needs_plain(self):
+            return scconv_forward(self.sru, self.cru, x)  # the next line's function, with less to move
         if self.order == "scconv":
-            if torch.compiler.is_compiling():
-                return scconv_forward(self.sru, self.cru, x)  # the same function, rewritten
             return self.cru(self.sru(x))
         if self.order == "cru_sru":
             return self.sru(self.cru(x))
@@ -293,6 +294,8 @@ class SCConv(nn.Module):
             f"padding={self.padding}, dilation={self.dilation}, order={self.order!r}"
         )
 
+
+STOCK.update({SRU, CRU})
 
 PUBLISHED_NAMES = {
     "SRU": "sru", "CRU": "cru", "squeeze1": "squeeze_up", "squeeze2": "squeeze_low",
