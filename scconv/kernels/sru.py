@@ -38,26 +38,36 @@ from triton.language.standard import _sum_combine
 
 from scconv.kernels import supports
 
-TILE = 4096  # values of each group that a program holds at a time
+TILE = 2048  # values of each group that a program holds at a time
 
 
 @triton.jit
-def _sum_s(tile):
-    """(2, BLOCK_D, BLOCK_S) to (2, BLOCK_D, 1): over positions."""
-    return tl.reduce(tile, 2, _sum_combine, keep_dims=True)
+def _sum(tile, axis: tl.constexpr):
+    return tl.reduce(tile, axis, _sum_combine)
 
 
 @triton.jit
-def _sum_d(tile):
-    """(2, BLOCK_D, 1) to (2, 1, 1): over channels."""
-    return tl.reduce(tile, 1, _sum_combine, keep_dims=True)
+def _sum_of_groups(tile):
+    """(2, d, s) to (2,), in one reduction: two in turn synchronise the program's warps more often."""
+    return _sum(tl.reshape(tile, (2, tile.shape[1] * tile.shape[2])), 1)
+
+
+@triton.jit
+def _load(tensor, at, inside, WIDE: tl.constexpr):
+    return tl.load(tensor + at, mask=inside, other=0).to(WIDE)
+
+
+@triton.jit
+def _offsets(d, s, along_c, along_s):
+    """Where channels d and positions s lie from the first value of a group on: (1, d, s)."""
+    return d[None, :, None] * along_c + s[None, None, :] * along_s
 
 
 @triton.jit
 def _gate(x, mean, rstd, scale, shift, threshold: tl.constexpr, SOFT: tl.constexpr):
-    """x̂, W1 and W2 of a tile, Eq. (1)-(3)."""
-    normal = (x - mean) * rstd
-    z = scale * normal + shift
+    """x̂, W1 and W2 of a tile, Eq. (1)-(3); from x (2, d, s), mean and rstd (2,), scale and shift (2, d)."""
+    normal = (x - mean[:, None, None]) * rstd[:, None, None]
+    z = scale[:, :, None] * normal + shift[:, :, None]
     informative = z > threshold
     if SOFT:
         weight = 1 / (1 + tl.exp(-z))
@@ -73,26 +83,26 @@ def _forward(x, scale, shift, up, low, means, rstds, pairs, D, S, along_c, along
              eps: tl.constexpr, threshold: tl.constexpr, SOFT: tl.constexpr, WIDE: tl.constexpr,
              BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
     n, pair = (tl.program_id(0) // pairs).to(tl.int64), tl.program_id(0) % pairs  # int64: a batch may be 2^31 values
-    half, first = pairs * D, pair * D  # C/2, and the first channel of group g
-    which = tl.arange(0, 2)[:, None, None]  # 0: group g, 1: group g + G/2
-    x += n * (2 * half * S) + (which * half + first) * along_c
-    up, low = up + n * (half * S) + first * along_c, low + n * (half * S) + first * along_c
+    which = tl.arange(0, 2)  # 0: group g, 1: group g + G/2
+    half = pairs * D  # C/2
+    first = which * half + pair * D  # each group's first channel
+    x += n * (2 * half * S) + (first * along_c)[:, None, None]
+    up, low = up + n * (half * S) + pair * D * along_c, low + n * (half * S) + pair * D * along_c
 
-    # Statistics (1). Each tile is summed about its own mean and merged by Chan's formula: E[x²] - E[x]² would read as
+    # Each tile's statistics are taken about its own mean and merged by Chan's formula. E[x²] - E[x]² would read as
     # much, and lose the variance where the mean is large.
-    count = tl.full((), 0, WIDE)
-    mean, squares = tl.full((2, 1, 1), 0, WIDE), tl.full((2, 1, 1), 0, WIDE)
+    count, mean, squares = tl.full((), 0, WIDE), tl.full((2,), 0, WIDE), tl.full((2,), 0, WIDE)
     for d0 in range(0, D, BLOCK_D):
-        d = (d0 + tl.arange(0, BLOCK_D))[None, :, None]
+        d = d0 + tl.arange(0, BLOCK_D)
         for s0 in range(0, S, BLOCK_S):
-            s = (s0 + tl.arange(0, BLOCK_S))[None, None, :]
-            inside = (d < D) & (s < S)
-            x_tile = tl.load(x + d * along_c + s * along_s, mask=inside, other=0).to(WIDE)
+            s = s0 + tl.arange(0, BLOCK_S)
+            inside = (d < D)[None, :, None] & (s < S)[None, None, :]
+            x_tile = _load(x, _offsets(d, s, along_c, along_s), inside, WIDE)
             tile_count = (tl.minimum(BLOCK_D, D - d0) * tl.minimum(BLOCK_S, S - s0)).to(WIDE)
-            tile_mean = _sum_d(_sum_s(x_tile)) / tile_count
-            deviation = tl.where(inside, x_tile - tile_mean, 0)
+            tile_mean = _sum_of_groups(x_tile) / tile_count
+            deviation = tl.where(inside, x_tile - tile_mean[:, None, None], 0)
             delta, share = tile_mean - mean, tile_count / (count + tile_count)
-            squares += _sum_d(_sum_s(deviation * deviation)) + delta * delta * (count * share)
+            squares += _sum_of_groups(deviation * deviation) + delta * delta * (count * share)
             mean += delta * share
             count += tile_count
     rstd = tl.rsqrt(squares / count + eps)
@@ -101,19 +111,20 @@ def _forward(x, scale, shift, up, low, means, rstds, pairs, D, S, along_c, along
     tl.store(rstds + group, rstd)
 
     for d0 in range(0, D, BLOCK_D):
-        d = (d0 + tl.arange(0, BLOCK_D))[None, :, None]
-        channel = which * half + first + d
-        scale_tile = tl.load(scale + channel, mask=d < D, other=0).to(WIDE)
-        shift_tile = tl.load(shift + channel, mask=d < D, other=0).to(WIDE)
+        d = d0 + tl.arange(0, BLOCK_D)
+        channel, d_inside = first[:, None] + d[None, :], (d < D)[None, :]
+        scale_d, shift_d = _load(scale, channel, d_inside, WIDE), _load(shift, channel, d_inside, WIDE)
         for s0 in range(0, S, BLOCK_S):
-            s = (s0 + tl.arange(0, BLOCK_S))[None, None, :]
-            inside = (d < D) & (s < S)
-            x_tile = tl.load(x + d * along_c + s * along_s, mask=inside, other=0).to(WIDE)
-            _, w1, w2 = _gate(x_tile, mean, rstd, scale_tile, shift_tile, threshold, SOFT)
-            to_up, to_low = tl.where(which == 0, w1, w2) * x_tile, tl.where(which == 0, w2, w1) * x_tile
-            at = d * along_c + s * along_s_half
-            tl.store(up + at, tl.reduce(to_up, 0, _sum_combine, keep_dims=True), mask=inside)  # (4)
-            tl.store(low + at, tl.reduce(to_low, 0, _sum_combine, keep_dims=True), mask=inside)
+            s = s0 + tl.arange(0, BLOCK_S)
+            inside = (d < D)[None, :, None] & (s < S)[None, None, :]
+            x_tile = _load(x, _offsets(d, s, along_c, along_s), inside, WIDE)
+            _, w1, w2 = _gate(x_tile, mean, rstd, scale_d, shift_d, threshold, SOFT)
+            in_first = (which == 0)[:, None, None]
+            up_tile = _sum(tl.where(in_first, w1, w2) * x_tile, 0)  # (4), (d, s): W1 x of g and W2 x of g + G/2
+            low_tile = _sum(tl.where(in_first, w2, w1) * x_tile, 0)
+            at = _offsets(d, s, along_c, along_s_half)
+            tl.store(up + at, up_tile[None, :, :], mask=inside)
+            tl.store(low + at, low_tile[None, :, :], mask=inside)
 
 
 @triton.jit
@@ -124,60 +135,62 @@ def _backward(x, scale, shift, means, rstds, g_up, g_low, g_x, g_scale, g_shift,
     """g_ is "gradient of". W1 x went to one half and W2 x to the other, whose gradients are g1 and g2. Then
 
         g_z = σ'(z) x (g1 + g2) where the gate is soft and not informative, else 0
-        g_shift = Σ g_z,  g_scale = Σ g_z x̂                                  over positions; here for one image
-        g_x = W1 g1 + W2 g2 + rstd (t - mean(t) - x̂ mean(t x̂))              with t = scale g_z, means over the group
+        g_shift = Σ g_z,  g_scale = Σ g_z x̂                              over the positions of one image
+        g_x = W1 g1 + W2 g2 + rstd (t - mean(t) - x̂ mean(t x̂))          with t = scale g_z, means over the group
+
+    The sums over the group follow from those of its channels. The sum over the images is the caller's.
     """
     n, pair = (tl.program_id(0) // pairs).to(tl.int64), tl.program_id(0) % pairs
-    half, first = pairs * D, pair * D
-    which = tl.arange(0, 2)[:, None, None]
-    to_group = n * (2 * half * S) + (which * half + first) * along_c
-    x, g_x = x + to_group, g_x + to_group
-    g_up, g_low = g_up + n * (half * S) + first * along_c, g_low + n * (half * S) + first * along_c
+    which = tl.arange(0, 2)
+    half = pairs * D
+    first = which * half + pair * D
+    to_groups = n * (2 * half * S) + (first * along_c)[:, None, None]
+    x, g_x = x + to_groups, g_x + to_groups
+    g_up, g_low = g_up + n * (half * S) + pair * D * along_c, g_low + n * (half * S) + pair * D * along_c
     group = n * (2 * pairs) + pair + which * pairs
     mean, rstd = tl.load(means + group), tl.load(rstds + group)
 
-    t_mean, tx_mean = tl.full((2, 1, 1), 0, WIDE), tl.full((2, 1, 1), 0, WIDE)
+    t_mean, t_normal_mean = tl.full((2,), 0, WIDE), tl.full((2,), 0, WIDE)
     if SOFT:
         for d0 in range(0, D, BLOCK_D):
-            d = (d0 + tl.arange(0, BLOCK_D))[None, :, None]
-            channel = which * half + first + d
-            scale_tile = tl.load(scale + channel, mask=d < D, other=0).to(WIDE)
-            shift_tile = tl.load(shift + channel, mask=d < D, other=0).to(WIDE)
-            g_shift_tile, g_scale_tile = tl.full((2, BLOCK_D, 1), 0, WIDE), tl.full((2, BLOCK_D, 1), 0, WIDE)
+            d = d0 + tl.arange(0, BLOCK_D)
+            channel, d_inside = first[:, None] + d[None, :], (d < D)[None, :]
+            scale_d, shift_d = _load(scale, channel, d_inside, WIDE), _load(shift, channel, d_inside, WIDE)
+            g_scale_d, g_shift_d = tl.full((2, BLOCK_D), 0, WIDE), tl.full((2, BLOCK_D), 0, WIDE)
             for s0 in range(0, S, BLOCK_S):
-                s = (s0 + tl.arange(0, BLOCK_S))[None, None, :]
-                inside = (d < D) & (s < S)
-                x_tile = tl.load(x + d * along_c + s * along_s, mask=inside, other=0).to(WIDE)
-                at = d * along_c + s * along_s_half
-                g1_g2 = tl.load(g_up + at, mask=inside, other=0).to(WIDE) + tl.load(g_low + at, mask=inside, other=0)
-                normal, _, w2 = _gate(x_tile, mean, rstd, scale_tile, shift_tile, threshold, SOFT)
-                g_z = w2 * (1 - w2) * x_tile * g1_g2  # W2 is σ(z) or, where informative, 0
-                g_shift_tile += _sum_s(g_z)
-                g_scale_tile += _sum_s(g_z * normal)
-            tl.store(g_shift + n * (2 * half) + channel, g_shift_tile, mask=d < D)
-            tl.store(g_scale + n * (2 * half) + channel, g_scale_tile, mask=d < D)
-            t_mean += _sum_d(scale_tile * g_shift_tile) / (D * S)
-            tx_mean += _sum_d(scale_tile * g_scale_tile) / (D * S)
+                s = s0 + tl.arange(0, BLOCK_S)
+                inside = (d < D)[None, :, None] & (s < S)[None, None, :]
+                at, at_half = _offsets(d, s, along_c, along_s), _offsets(d, s, along_c, along_s_half)
+                x_tile = _load(x, at, inside, WIDE)
+                g1_and_g2 = _load(g_up, at_half, inside, WIDE) + _load(g_low, at_half, inside, WIDE)
+                normal, _, w2 = _gate(x_tile, mean, rstd, scale_d, shift_d, threshold, SOFT)
+                g_z = w2 * (1 - w2) * x_tile * g1_and_g2  # W2 is σ(z), or 0 where informative
+                g_scale_d += _sum(g_z * normal, 2)
+                g_shift_d += _sum(g_z, 2)
+            tl.store(g_scale + n * (2 * half) + channel, g_scale_d, mask=d_inside)
+            tl.store(g_shift + n * (2 * half) + channel, g_shift_d, mask=d_inside)
+            t_mean += _sum(scale_d * g_shift_d, 1) / (D * S)
+            t_normal_mean += _sum(scale_d * g_scale_d, 1) / (D * S)
 
     for d0 in range(0, D, BLOCK_D):
-        d = (d0 + tl.arange(0, BLOCK_D))[None, :, None]
-        channel = which * half + first + d
-        scale_tile = tl.load(scale + channel, mask=d < D, other=0).to(WIDE)
-        shift_tile = tl.load(shift + channel, mask=d < D, other=0).to(WIDE)
+        d = d0 + tl.arange(0, BLOCK_D)
+        channel, d_inside = first[:, None] + d[None, :], (d < D)[None, :]
+        scale_d, shift_d = _load(scale, channel, d_inside, WIDE), _load(shift, channel, d_inside, WIDE)
         for s0 in range(0, S, BLOCK_S):
-            s = (s0 + tl.arange(0, BLOCK_S))[None, None, :]
-            inside = (d < D) & (s < S)
-            x_tile = tl.load(x + d * along_c + s * along_s, mask=inside, other=0).to(WIDE)
-            at = d * along_c + s * along_s_half
-            g_up_tile = tl.load(g_up + at, mask=inside, other=0).to(WIDE)
-            g_low_tile = tl.load(g_low + at, mask=inside, other=0).to(WIDE)
-            normal, w1, w2 = _gate(x_tile, mean, rstd, scale_tile, shift_tile, threshold, SOFT)
-            g1, g2 = tl.where(which == 0, g_up_tile, g_low_tile), tl.where(which == 0, g_low_tile, g_up_tile)
+            s = s0 + tl.arange(0, BLOCK_S)
+            inside = (d < D)[None, :, None] & (s < S)[None, None, :]
+            at, at_half = _offsets(d, s, along_c, along_s), _offsets(d, s, along_c, along_s_half)
+            x_tile = _load(x, at, inside, WIDE)
+            g_up_tile, g_low_tile = _load(g_up, at_half, inside, WIDE), _load(g_low, at_half, inside, WIDE)
+            normal, w1, w2 = _gate(x_tile, mean, rstd, scale_d, shift_d, threshold, SOFT)
+            in_first = (which == 0)[:, None, None]
+            g1, g2 = tl.where(in_first, g_up_tile, g_low_tile), tl.where(in_first, g_low_tile, g_up_tile)
             g_x_tile = w1 * g1 + w2 * g2
             if SOFT:
-                t = scale_tile * (w2 * (1 - w2) * x_tile * (g1 + g2))
-                g_x_tile += rstd * (t - t_mean - normal * tx_mean)
-            tl.store(g_x + d * along_c + s * along_s, g_x_tile, mask=inside)
+                t = scale_d[:, :, None] * (w2 * (1 - w2) * x_tile * (g1 + g2))
+                about_mean = t - t_mean[:, None, None] - normal * t_normal_mean[:, None, None]
+                g_x_tile += rstd[:, None, None] * about_mean
+            tl.store(g_x + at, g_x_tile, mask=inside)
 
 
 class _Reconstruct(torch.autograd.Function):
@@ -255,7 +268,7 @@ def _launch(kernel, x: Tensor, gn_groups: int, *tensors: Tensor, **options) -> N
     else:
         steps, block_s = (s, 1, 1), min(power_s, TILE)
         block_d = min(power_d, TILE // block_s)
-    warps = min(max(block_d * block_s // 512, 1), 8)  # 2 × 16 values a thread
+    warps = min(max(block_d * block_s // 256, 1), 8)  # 2 × 8 values a thread
     wide = tl.float64 if x.dtype == torch.float64 else tl.float32
     with torch.cuda.device_of(x):  # Triton launches on the current device
         kernel[(n * pairs,)](
