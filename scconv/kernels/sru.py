@@ -156,7 +156,7 @@ def _backward(x, scale, shift, means, rstds, g_up, g_low, g_x, g_scale, g_shift,
             d = d0 + tl.arange(0, BLOCK_D)
             channel, d_inside = first[:, None] + d[None, :], (d < D)[None, :]
             scale_d, shift_d = _load(scale, channel, d_inside, WIDE), _load(shift, channel, d_inside, WIDE)
-            g_scale_d, g_shift_d = tl.full((2, BLOCK_D), 0, WIDE), tl.full((2, BLOCK_D), 0, WIDE)
+            g_scales, g_shifts = tl.full((2, BLOCK_D, BLOCK_S), 0, WIDE), tl.full((2, BLOCK_D, BLOCK_S), 0, WIDE)
             for s0 in range(0, S, BLOCK_S):
                 s = s0 + tl.arange(0, BLOCK_S)
                 inside = (d < D)[None, :, None] & (s < S)[None, None, :]
@@ -165,8 +165,9 @@ def _backward(x, scale, shift, means, rstds, g_up, g_low, g_x, g_scale, g_shift,
                 g1_and_g2 = _load(g_up, at_half, inside, WIDE) + _load(g_low, at_half, inside, WIDE)
                 normal, _, w2 = _gate(x_tile, mean, rstd, scale_d, shift_d, threshold, SOFT)
                 g_z = w2 * (1 - w2) * x_tile * g1_and_g2  # W2 is σ(z), or 0 where informative
-                g_scale_d += _sum(g_z * normal, 2)
-                g_shift_d += _sum(g_z, 2)
+                g_scales += g_z * normal
+                g_shifts += g_z
+            g_scale_d, g_shift_d = _sum(g_scales, 2), _sum(g_shifts, 2)  # once, not for each tile
             tl.store(g_scale + n * (2 * half) + channel, g_scale_d, mask=d_inside)
             tl.store(g_shift + n * (2 * half) + channel, g_shift_d, mask=d_inside)
             t_mean += _sum(scale_d * g_shift_d, 1) / (D * S)
