@@ -15,16 +15,16 @@ What moves, in units of x, N·C·H·W values (the two halves together are one un
     backward   reads x and the gradients for the sums, reads both again, writes the gradient of x             5
                with the hard gate there are no sums: reads both once, writes                                  3
 
-A program's second reading follows right upon its first, so where its two groups fit in a cache the main memory sees it
-once: 2 and 3 units. Saved for backward are x (1 unit), which its producer has in memory anyway, the (C,) affine and two
-numbers a group.
+A program's second reading follows right upon its first. Where its groups are still in a cache by then, the main memory
+sees one reading: 2 and 3 units. These are counts, not timings. Saved for backward are x, the (C,) affine and two
+numbers a group: 1 unit, and none where the operator before this one has saved its output anyway.
 
 A group is D = C/G channels of S = H·W positions. Programs walk over it in tiles of (BLOCK_D, BLOCK_S) values. Channels
 are `along_c` values apart and positions `along_s`: (S, 1) when contiguous, (1, C) in channels_last. That is all the
 kernels know of memory formats. Inputs are read in their own precision, everything is computed in float32 (in float64
 for float64), and rounded once, when written.
 
-Under TRITON_INTERPRET=1, set before this module is imported, NumPy runs the kernels on the CPU: slow, and right.
+Under TRITON_INTERPRET=1, set before this module is imported, NumPy runs the kernels on the CPU: to check, not to use.
 """
 
 import torch
@@ -211,7 +211,7 @@ class _Reconstruct(torch.autograd.Function):
     def backward(ctx, g_up, g_low):
         x, scale, shift, means, rstds = ctx.saved_tensors
         g_up, g_low = (g.contiguous(memory_format=_memory_format(x)) for g in (g_up, g_low))
-        g_x = torch.empty_like(x)
+        g_x = _empty_like(x, channels=x.shape[1])
         g_scale, g_shift = (means.new_empty(x.shape[:2]) for _ in range(2))
         tensors = (x, scale, shift, means, rstds, g_up, g_low, g_x, g_scale, g_shift)
         _launch(_backward, x, ctx.gn_groups, *tensors, **ctx.gate)
@@ -249,6 +249,7 @@ def reconstruct(
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
+    """The one that x is in; contiguous if it is in both, as (N, C, 1, 1) is, or in neither."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
