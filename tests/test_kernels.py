@@ -125,7 +125,7 @@ SHAPES = [
     ((1, 32, 30, 30), 2, NHWC, "the same, channels_last"),
     ((1, 4, 65, 66), 2, NCHW, "more positions than a tile"),
     ((1, 4128, 1, 2), 2, NHWC, "more channels than a tile"),
-    ((16, 64, 2, 2), 4, NCHW, "a batch: the affine's gradients are sums over it"),
+    ((7, 16, 2, 2), 4, NCHW, "a batch: the affine's gradients are sums over it"),
 ]
 
 
@@ -140,7 +140,7 @@ def test_equals_the_formula(shape, gn_groups, layout, soft):
     width=st.integers(2, 9), layout=st.sampled_from([NCHW, NHWC]), soft=st.booleans(),
     threshold=st.sampled_from([-0.5, 0.0, 0.2]), seed=st.integers(10, 99),
 )  # fmt: skip
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_equals_the_formula_at_random(n, pairs, d, height, width, layout, soft, threshold, seed):
     x = inputs((n, 2 * pairs * d, height, width), layout=layout, seed=seed)
     check(*x, gn_groups=2 * pairs, soft=soft, threshold=threshold)
