@@ -5,8 +5,12 @@ A run writes two files into its output folder: `<name>.safetensors`, the weights
 by it. On the way there are checkpoints (`checkpoint.py`), and `--resume` goes on from them.
 
 On one CPU two runs with the same arguments and seed, and the same number of threads, end with the same bits, however
-often they were stopped or killed and resumed. Several processes (`torchrun --nproc_per_node 2 -m scconv.train ...`, or
-`accelerate launch` on GPUs) share each batch and its batch normalisation, so that they compute what one process does.
+often they were stopped or killed and resumed. Several processes share each batch and its batch normalisation, so that
+they compute what one does, but for the rounding of sums that are taken in another order:
+
+    accelerate launch --num_processes 2 -m scconv.train ...               # two GPUs
+    accelerate launch --num_processes 2 --multi_gpu -m scconv.train ...   # no GPU, in spite of the name
+    torchrun --nproc_per_node 2 -m scconv.train ...                       # either
 
 Exit status: 0 done, 2 misuse, 3 the loss was no longer finite, 4 stopped on request and ready for `--resume`, 5 a file
 could not be read or written.
@@ -17,6 +21,7 @@ import ast
 import hashlib
 import json
 import math
+import os
 import platform
 import signal
 import sys
@@ -284,7 +289,8 @@ def execute_run(run: Run, *, resume: bool = False, progress: bool = True) -> dic
 
 
 def warn(message: str) -> None:
-    print(f"scconv.train: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # once, whatever the number of processes
+        print(f"scconv.train: {message}", file=sys.stderr)
 
 
 def start_processes() -> PartialState:
@@ -294,7 +300,10 @@ def start_processes() -> PartialState:
 
 
 def build_accelerator(run: Run) -> Accelerator:
-    start_processes()
+    alone = start_processes().num_processes == 1
+    # Without --multi_gpu or several GPUs accelerate launch sets the port for its processes, and starts one.
+    if alone and {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
+        warn("accelerate launch has started one process only; for more without GPUs give it --multi_gpu as well")
     # Accelerate keeps precision and compiler settings for the whole process; a second run would get the first one's.
     AcceleratorState._reset_state()
     # dynamic=False: one compilation for the training batches and one for the test batches, neither with open shapes.
@@ -701,7 +710,12 @@ def parse_option(text: str) -> tuple[str, object]:
 
 
 def build_parser() -> OneLineParser:
-    parser = OneLineParser(prog="python -m scconv.train", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = OneLineParser(
+        prog="python -m scconv.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--model", required=True, metavar="NAME", help=", ".join(model_names()))
     parser.add_argument("--data", required=True, metavar="NAME", help=", ".join(DATA_NAMES))
     parser.add_argument("--recipe", default="fast", metavar="NAME", help=f"{', '.join(RECIPES)} (default: fast)")

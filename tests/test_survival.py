@@ -290,32 +290,48 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoint(digits, stopped_twice, 
 
 # ---- shared --------------------------------------------------------------------------------------------------------
 
-TWO = """
-import json, sys, torch
-from dataclasses import replace
-from scconv.data import load_data
-from scconv.recipes import QUICK
-from scconv.train import train
+# `-m in_float64` is `-m scconv.train` in double precision.
+IN_FLOAT64 = """
+import runpy
+import torch
 torch.set_default_dtype(torch.float64)
-torch.set_num_threads(1)
-result = train("resnet20", load_data("digits", image_size=8), replace(QUICK, epochs=2, batch_size=32), 0,
-               sys.argv[1], limit_train_batches=4, progress=False)
+runpy.run_module("scconv.train", run_name="__main__")
 """
+LAUNCH = "accelerate.commands.launch --num_processes 2"
+ONE = "accelerate launch has started one process only; for more without GPUs give it --multi_gpu as well"
 
 
-def test_two_processes_do_what_one_does(tmp_path):
+def launch(launcher: str, folder: Path, out: str) -> tuple[dict, dict[str, torch.Tensor], str]:
+    """Two epochs of four steps: the result, the weights, and what was said on the way."""
+    (folder / "in_float64.py").write_text(IN_FLOAT64)
+    words = COMMAND.replace("--epochs 3", "--epochs 2").replace(str(STEPS), "4").split()
+    command = [sys.executable, "-m", *launcher.split(), "-m", "in_float64", *words, "--out", out]
+    environment = {**os.environ, "HF_HOME": str(folder), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (result,), (weights,) = ((folder / out).glob(pattern) for pattern in ("*.json", "*.safetensors"))
+    return json.loads(result.read_text()), load_file(weights), done.stderr
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """Where there is no GPU, accelerate launch without --multi_gpu starts one process, however many it was asked for."""
+    result, weights, said = launch(LAUNCH, tmp_path_factory.mktemp("one"), "out")
+    assert [line for line in said.splitlines() if "one process" in line] == [f"scconv.train: {ONE}"]
+    return result, weights
+
+
+@pytest.mark.parametrize("launcher", [f"{LAUNCH} --multi_gpu", "torch.distributed.run --standalone --nproc_per_node 2"])
+def test_two_processes_do_what_one_does(launcher, one_process, tmp_path):
     """In float64, to the rounding of sums that are taken in another order."""
-    (tmp_path / "two.py").write_text(TWO)
-    for processes in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *launcher, str(tmp_path / "two.py"), str(tmp_path / str(processes))]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (json.loads(next((tmp_path / n).glob("*.json")).read_text()) for n in "12")
-    for row, other in zip(one["history"], two["history"], strict=True):
+    result, weights, said = launch(launcher, tmp_path, "out")
+    assert "one process" not in said
+    expected, expected_weights = one_process
+    for row, other in zip(expected["history"], result["history"], strict=True):
         for key in row.keys() - {"seconds", "train_seconds"}:
-            assert other[key] == pytest.approx(row[key], abs=1e-6), key
-    one, two = (load_file(next((tmp_path / n).glob("*.safetensors"))) for n in "12")
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=1e-9, msg=name)
+            assert other[key] == pytest.approx(row[key], rel=1e-6), key
+    assert weights.keys() == expected_weights.keys()
+    for name, tensor in expected_weights.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-6, atol=1e-9, msg=name)
+    rounded = [name for name, tensor in expected_weights.items() if not torch.equal(weights[name], tensor)]
+    assert rounded, "one process: two would round differently"
