@@ -22,6 +22,7 @@ TITLES = {"cifar100": "CIFAR-100", "food101": "Food-101", "digits": "digits"}
 MISSION = ("resnet50", "scconv_resnet50", "densenet121", "scconv_densenet121")
 # Rows that a table has with or without a run: (data, recipe, network). Other runs get theirs by being there.
 EXPECTED = tuple((data, "fast", network) for data in ("CIFAR-100", "Food-101") for network in MISSION)
+SHOWN_EPOCHS = (1, 2, 5, 10, 20, 50, 100)  # where two recipes are compared, besides the last
 KEYS = ["data", "recipe", "epochs", "network"]
 
 
@@ -48,6 +49,8 @@ def read_run(path: Path) -> dict:
 
 def read_runs(folder: Path = RESULTS / "runs") -> list[dict]:
     """All runs in `folder`, by name. Those on a part of the training images (`limit_train_batches`) are left out."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: not a folder with result files")
     runs = [read_run(path) for path in sorted(folder.glob("*.json"))]
     return [run for run in runs if run["limit_train_batches"] is None]
 
@@ -139,13 +142,38 @@ def learning_curves(runs: list[dict]) -> pd.DataFrame:
     return pd.DataFrame([{**describe(run), "seed": run["seed"], **row} for run in runs for row in run["history"]])
 
 
+def compare_recipes(runs: list[dict], first: str = "fast", second: str = "paper") -> pd.DataFrame:
+    """Top-1 on the way, of two recipes side by side, all text: each recipe's longest runs, the median of their seeds.
+
+    Where both ran, a row for each of `SHOWN_EPOCHS` and for the last of each; where one did, its last epoch, and
+    "not run yet" for the other.
+    """
+    rows = []
+    curves = learning_curves(runs).groupby(["data", "network"], sort=False) if runs else ()
+    for (data, network), both in curves:
+        top1 = {recipe: accuracy_by_epoch(both[both["recipe"] == recipe]) for recipe in (first, second)}
+        last = {max(found.index) for found in top1.values() if len(found)}
+        both_ran = all(map(len, top1.values()))
+        for epoch in sorted(last | {shown for shown in SHOWN_EPOCHS if both_ran and shown < max(last)}):
+            cells = {recipe: f"{found.get(epoch):.2%}" if epoch in found else "–" for recipe, found in top1.items()}
+            cells |= {recipe: "not run yet" for recipe, found in top1.items() if found.empty}
+            rows.append({"set": data, "network": network, "epoch": epoch, **cells})
+    return pd.DataFrame(rows, columns=["set", "network", "epoch", first, second])
+
+
+def accuracy_by_epoch(curves: pd.DataFrame) -> pd.Series:
+    return curves[curves["epochs"] == curves["epochs"].max()].groupby("epoch")["test_top1"].median()
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scconv.results", description=__doc__.splitlines()[0])
-    parser.add_argument("--table", default="overall", metavar="SET", help="overall, or a set such as cifar")
+    parser.add_argument("--table", default="overall", metavar="SET", help="overall, a set such as cifar, or recipes")
     parser.add_argument("--folder", type=Path, default=RESULTS / "runs", help="of the result files")
     given = parser.parse_args(arguments)
     try:
-        print(show_table(read_runs(given.folder), given.table).to_string(index=False))
+        runs = read_runs(given.folder)
+        table = compare_recipes(runs) if given.table == "recipes" else show_table(runs, given.table)
+        print(table.to_string(index=False))
     except ValueError as error:
         print(f"scconv.results: {error}", file=sys.stderr)
         return 2

@@ -251,10 +251,10 @@ def prepare_run(
     )
     try:
         with torch.device("meta"):
-            run.build_model()
+            model = run.build_model()
     except TypeError as error:
         raise ValueError(f"scconv={options}: {error}") from error
-    check_names_free(run, overwrite, resume)
+    check_names_free(run, model, overwrite, resume)
     return run
 
 
@@ -571,18 +571,26 @@ def check_folder(out: str | Path) -> Path:
     return out
 
 
-def check_names_free(run: Run, overwrite: bool, resume: bool) -> None:
+def check_names_free(run: Run, model: nn.Module, overwrite: bool, resume: bool) -> None:
     """Nothing that a run wrote is replaced unless someone says so."""
-    result, checkpoints = run.path(".json"), find_checkpoints(run.path(".checkpoint.pt"))
-    if result.exists() and not overwrite:
-        raise ValueError(f"out: {result} exists; replace it with overwrite=True (--overwrite), or take another folder")
+    checkpoints = find_checkpoints(run.path(".checkpoint.pt"))
+    # Weights beside a checkpoint are those of this run, which could not write its result.
+    for file in (run.path(".json"), *(() if checkpoints else [run.path(".safetensors")])):
+        if file.exists() and not overwrite:
+            raise ValueError(f"out: {file} exists; overwrite=True (--overwrite) replaces it; another folder keeps it")
     if resume:
-        load_checkpoint(run.path(".checkpoint.pt"), run.identity(), lambda message: None)
+        saved = load_checkpoint(run.path(".checkpoint.pt"), run.identity(), lambda message: None)
+        if saved and shapes(saved["model"]) != shapes(model.state_dict()):
+            raise ValueError(f"{checkpoints[0]}: checkpoint of another version of {run.model_name}, with other weights")
     elif checkpoints and not overwrite:
         raise ValueError(
             f"out: {checkpoints[0]} exists; go on from it with resume=True (--resume), or start again with "
             "overwrite=True (--overwrite)"
         )
+
+
+def shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def write_result(run: Run, state: RunState, counts: dict, accelerator: Accelerator) -> dict:
@@ -760,10 +768,10 @@ def main(arguments: list[str] | None = None) -> int:
     given = vars(parser.parse_args(arguments))
     given["scconv"] = dict(given["scconv"])
     try:
-        run = prepare_run(given.pop("model"), **given)
-    except ValueError as error:
-        parser.error(str(error))
-    try:
+        try:
+            run = prepare_run(given.pop("model"), **given)
+        except ValueError as error:
+            parser.error(str(error))
         result = execute_run(run, resume=given["resume"])
     except FloatingPointError as error:
         warn(str(error))
@@ -772,7 +780,7 @@ def main(arguments: list[str] | None = None) -> int:
         warn(str(stop))
         return 4
     except OSError as error:
-        warn(f"{error.filename or run.out}: {error.strerror or error}; the files that were there are as they were")
+        warn(f"{error.filename or given['out']}: {error.strerror or error}; the files that were there are as they were")
         return 5
     if result:
         print(f"{run.path('.json')}: test top-1 {result['test']['top1']:.4f}, {result['seconds']:.0f} s")

@@ -249,24 +249,65 @@ def test_a_checkpoint_of_another_run_is_refused(digits, stopped_twice, change, m
     assert (newest.read_bytes(), before.read_bytes()) == contents
 
 
-def test_a_full_disk_stops_in_one_line_and_what_was_saved_stays(undisturbed, tmp_path, monkeypatch, capsys):
-    """The disk fills up while the fourth file is written: the weights, after three checkpoints."""
+def test_a_checkpoint_of_an_equal_version_with_other_weights_is_refused(digits, stopped_twice):
+    newest, _ = stopped_twice
+    saved = torch.load(newest, weights_only=True)
+    saved["model"]["fc.weight"] = torch.zeros(10, 32)
+    torch.save(saved, newest)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: checkpoint of another version of resnet20, with other wei"):
+        run(digits, newest.parent, resume=True)
+
+
+def test_the_command_refuses_damaged_checkpoints_in_one_line(tmp_path, capsys, monkeypatch):
+    words = [*COMMAND.split(), "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.Watch, "why_stop", lambda *_: "the test")
+        assert main(words) == 4
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--resume"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert f"{path}: not a readable checkpoint (cut short?)" in error
+    assert error.count("\n") == 1
+
+
+def test_a_set_that_cannot_be_packed_is_one_line(tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "train.npz")
+
+    monkeypatch.setattr(train_module, "load_data", full)
+    assert main([*COMMAND.split(), "--out", str(tmp_path)]) == 5
+    error = capsys.readouterr().err
+    assert error == "scconv.train: train.npz: No space left on device; the files that were there are as they were\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "left"),
+    [(1, 0), (2, 1), (4, 2), (5, 3)],  # three checkpoints, of which two are kept, then weights, then the result
+)
+def test_a_full_disk_stops_in_one_line_and_what_was_saved_stays(
+    number, left, undisturbed, tmp_path, monkeypatch, capsys
+):
+    """The disk fills up while file `number` is written."""
     calls, sync = [], os.fsync
 
-    def full_at_the_fourth(descriptor):
+    def full_at_the_number(descriptor):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == number:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(descriptor)
 
     words = [*COMMAND.split(), "--threads", "1", "--out", str(tmp_path)]
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "fsync", full_at_the_fourth)
+        patch.setattr(files.os, "fsync", full_at_the_number)
         assert main(words) == 5
     error = capsys.readouterr().err
     assert "No space left on device" in error
     assert error.count("\n") == 1
-    assert len(list(tmp_path.iterdir())) == 2, "the two checkpoints, and no temporary file"
+    assert len(list(tmp_path.iterdir())) == left, "no temporary file"
     assert main([*words, "--resume"]) == 0
     assert_same(tmp_path, undisturbed)
 
@@ -315,7 +356,7 @@ def launch(launcher: str, folder: Path, out: str) -> tuple[dict, dict[str, torch
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    """Where there is no GPU, accelerate launch without --multi_gpu starts one process, however many it was asked for."""
+    """Where there is no GPU, accelerate launch without --multi_gpu starts one process, whatever it is asked for."""
     result, weights, said = launch(LAUNCH, tmp_path_factory.mktemp("one"), "out")
     assert [line for line in said.splitlines() if "one process" in line] == [f"scconv.train: {ONE}"]
     return result, weights

@@ -295,9 +295,19 @@ def test_a_result_is_not_overwritten_unasked(finished, digits, monkeypatch):
     out, result = finished
     before = (out / f"{result['name']}.json").read_bytes()
     monkeypatch.setattr(train_module, "train_epoch", lambda *args: pytest.fail("trained"))
-    with pytest.raises(ValueError, match=r"exists; replace it with overwrite=True \(--overwrite\)"):
+    with pytest.raises(ValueError, match=r"json exists; overwrite=True \(--overwrite\) replaces it"):
         run_tiny(digits, out)
     assert (out / f"{result['name']}.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_weights_without_a_result_are_not_overwritten_unasked(digits, tmp_path, resume):
+    weights = tmp_path / "digits-quick-limit_train_batches_3-image_size_8-resnet20-seed0.safetensors"
+    weights.write_bytes(b"someone's")
+    with pytest.raises(ValueError, match=r"safetensors exists; overwrite=True \(--overwrite\) replaces it"):
+        run_tiny(digits, tmp_path, resume=resume)
+    assert weights.read_bytes() == b"someone's"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_overwrite_replaces_a_result(digits, tmp_path):
