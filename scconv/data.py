@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR100, Food101
 from torchvision.transforms import v2
 
+from scconv.checks import check_choice
 from scconv.files import atomic_file
 
 IMAGE_SIZES = {"digits": 32, "cifar100": 32, "food101": 224}  # pixels, unless another size is asked for
@@ -112,8 +113,7 @@ def load_data(
     there, and a file that cannot be read.
     """
     root = Path(root or os.environ.get("SCCONV_DATA") or "data")
-    if name not in DATA_NAMES:
-        raise ValueError(f"data={name!r}: must be one of {', '.join(DATA_NAMES)}")
+    check_choice("data", name, DATA_NAMES)
     if image_size is None:
         image_size = IMAGE_SIZES[name]
     if name == "digits":

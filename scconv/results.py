@@ -11,13 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from scconv.files import checksum
+from scconv.files import read_run
 from scconv.record import RESULTS
 
-FIELDS = {
-    "format", "name", "model", "model_options", "data", "recipe", "limit_train_batches", "seed", "history", "test",
-    "params", "macs", "seconds", "images_per_second", "peak_memory_mib", "versions", "device", "precision", "weights",
-}  # fmt: skip
 TITLES = {"cifar100": "CIFAR-100", "food101": "Food-101", "digits": "digits"}
 MISSION = ("resnet50", "scconv_resnet50", "densenet121", "scconv_densenet121")
 # Rows that a table has with or without a run: (data, recipe, network). Other runs get theirs by being there.
@@ -27,24 +23,6 @@ KEYS = ["data", "recipe", "epochs", "network"]
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
-
-
-def read_run(path: Path) -> dict:
-    """One run's result file.
-
-    Raises:
-        ValueError: it is cut short, misses a field, or is not as the run wrote it.
-    """
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        missing = FIELDS - result.keys()
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not a readable result file ({error})") from error
-    if missing:
-        raise ValueError(f"{path}: not a whole result file, without {', '.join(sorted(missing))}")
-    if result.get("sha256") != checksum(result):
-        raise ValueError(f"{path}: not as the run wrote it, its checksum differs")
-    return result
 
 
 def read_runs(folder: Path = RESULTS / "runs") -> list[dict]:

@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from scconv import files
+from scconv import run as run_module
+from scconv import stop as stop_module
 from scconv import train as train_module
 from scconv.data import load_data
 from scconv.recipes import QUICK
@@ -103,17 +105,16 @@ def test_killed_five_times_at_random_moments(undisturbed, tmp_path):
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, digits, undisturbed, tmp_path, monkeypatch):
     steps = []
 
-    def signal_at_the_fifteenth(*arguments):
+    def signal_at_the_fourteenth(*arguments):
         steps.append(1)
-        if len(steps) == 15:
+        if len(steps) == 14:
             os.kill(os.getpid(), number)
         return add_to_totals(*arguments)
 
     add_to_totals = train_module.add_to_totals
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "add_to_totals", signal_at_the_fifteenth)
-        # 12 steps and 1 batch of 360 test images make 13 calls in the first epoch
+        patch.setattr(train_module, "add_to_totals", signal_at_the_fourteenth)
         with pytest.raises(Stopped, match=rf"stopped by {number.name} in epoch 2 of 3, after step 2 of 12; .*--resume"):
             run(digits, tmp_path)
     assert signal.getsignal(number) == handler
@@ -126,7 +127,8 @@ def test_a_time_budget_is_kept_and_the_pieces_make_the_whole(digits, undisturbed
     """With a clock that goes on by a second at each look, so that every machine stops at the same steps."""
     clock = itertools.count()
     ticking = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=lambda: next(clock))
-    monkeypatch.setattr(train_module, "time", ticking)
+    for module in (train_module, stop_module):
+        monkeypatch.setattr(module, "time", ticking)
     pieces = []
     for _ in range(10):
         begin = next(clock)
@@ -278,7 +280,7 @@ def test_a_set_that_cannot_be_packed_is_one_line(tmp_path, capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "train.npz")
 
-    monkeypatch.setattr(train_module, "load_data", full)
+    monkeypatch.setattr(run_module, "load_data", full)
     assert main([*COMMAND.split(), "--out", str(tmp_path)]) == 5
     error = capsys.readouterr().err
     assert error == "scconv.train: train.npz: No space left on device; the files that were there are as they were\n"
