@@ -65,6 +65,11 @@ def build_recipe(name: str, data_name: str) -> Recipe:
     return PAPER_PHOTOGRAPHS if (name, data_name) == ("paper", "food101") else RECIPES[name]
 
 
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    options = {key: getattr(recipe, key) for key in ("lr", "momentum", "nesterov", "weight_decay")}
+    return torch.optim.SGD(model.parameters(), **options)
+
+
 def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> LRScheduler:
     """The recipe's learning rate, to be stepped after every batch."""
     steps = recipe.epochs * steps_per_epoch
@@ -75,7 +80,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_e
 
 def learning_rate(recipe: Recipe, steps_per_epoch: int, step: int) -> float:
     """That of one step, counted from the first of the run as 0."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=recipe.lr)
+    optimizer = build_optimizer(nn.Linear(1, 1), recipe)
     scheduler = build_schedule(optimizer, recipe, steps_per_epoch)
     for _ in range(step):
         optimizer.step()

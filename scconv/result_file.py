@@ -23,6 +23,8 @@ from scconv.pretrained import FOLDER
 from scconv.run import Run
 
 FORMAT = 2
+
+
 def write_result(run: Run, model: nn.Module, history: list[dict], counts: dict, device: torch.device) -> dict:
     """Write the weights, then the result, so that where a result is, its weights are."""
     weights = safetensors.torch.save({key: value.cpu().contiguous() for key, value in model.state_dict().items()})

@@ -108,9 +108,7 @@ class Run:
 
     def build_model(self) -> nn.Module:
         classes = len(self.data.classes)
-        return build_model(
-            self.model_name, num_classes=classes, small_images=self.small_images, **self.model_options
-        )
+        return build_model(self.model_name, num_classes=classes, small_images=self.small_images, **self.model_options)
 
 
 def prepare_run(

@@ -46,7 +46,7 @@ from scconv.cli import build_parser, warn
 from scconv.complexity import count_macs, count_params
 from scconv.data import ImageData, derive_seed, train_batches
 from scconv.metrics import add_to_totals, evaluate, means, new_totals
-from scconv.recipes import Recipe, build_schedule, learning_rate
+from scconv.recipes import Recipe, build_optimizer, build_schedule, learning_rate
 from scconv.result_file import load_trained, write_result
 from scconv.run import Run, prepare_run, start_processes
 from scconv.stop import Stopped, Watch
@@ -123,15 +123,8 @@ def build_accelerator(run: Run) -> Accelerator:
 
 
 def build_state(run: Run, model: nn.Module, accelerator: Accelerator) -> RunState:
-    recipe = run.recipe
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-    )
-    scheduler = build_schedule(optimizer, recipe, run.steps_per_epoch)
+    optimizer = build_optimizer(model, run.recipe)
+    scheduler = build_schedule(optimizer, run.recipe, run.steps_per_epoch)
     return RunState(model, accelerator.prepare_optimizer(optimizer), scheduler, accelerator.scaler)
 
 
@@ -165,27 +158,19 @@ class Training:
 
     def train_epoch(self, bar: tqdm) -> None:
         """Train to the end of the epoch, from where it is."""
-        run, state, device = self.run, self.state, self.accelerator.device
+        state, seed, recipe, device = self.state, self.run.seed, self.run.recipe, self.accelerator.device
         if state.now is None:
-            torch.manual_seed(derive_seed(run.seed, state.epoch, 3))  # for networks with dropout
+            torch.manual_seed(derive_seed(seed, state.epoch, 3))  # for networks with dropout
             good_steps = torch.zeros((), dtype=torch.int64, device=device)
             state.now = EpochSoFar(0, new_totals(device), good_steps, state.scheduler.get_last_lr()[0])
         now = state.now
-        batches = train_batches(
-            self.data,
-            run.recipe.batch_size,
-            run.seed,
-            state.epoch,
-            augment=run.recipe.augment,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-            device=device,
-            start=now.step,
-        )
+        where = {"rank": self.accelerator.process_index, "world": self.accelerator.num_processes, "device": device}
+        how = {"augment": recipe.augment, "start": now.step, **where}
+        batches = train_batches(self.data, recipe.batch_size, seed, state.epoch, **how)
         self.model.train()
         start = time.perf_counter() - now.seconds
         self.save_or_stop()
-        for images, labels in islice(batches, run.steps_per_epoch - now.step):
+        for images, labels in islice(batches, self.run.steps_per_epoch - now.step):
             self.train_step(images, labels)
             now.seconds = time.perf_counter() - start
             bar.update()
