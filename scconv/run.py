@@ -56,23 +56,22 @@ class Run:
     seed: int
     settings: Settings
     out: Path
-    changed: dict  # what is not the recipe's or the data's own choice
+    changed: dict  # what is not the recipe's or the data's own choice, None for the rest
     recipe_has_name: bool  # False where it was made by hand
 
     @property
     def name(self) -> str:
-        described = [f"{key}_{value}" for key, value in self.changed.items()]
-        options = [f"{key}_{value}" for key, value in self.model_options.items()]
-        return "-".join([self.data.name, self.recipe.name, *described, self.model_name, *options, f"seed{self.seed}"])
+        changed, options = label(self.changed), label(self.model_options)
+        return "-".join([self.data.name, self.recipe.name, *changed, self.model_name, *options, f"seed{self.seed}"])
 
     @property
     def command(self) -> str | None:
         """The command line that trains the same; None where no command can name the recipe."""
         named = {"model": self.model_name, "data": self.data.name, "recipe": self.recipe.name, "seed": self.seed}
         how = {key: getattr(self.settings, key) for key in ("precision", "compile", "channels_last", "threads")}
-        how = {key: value for key, value in how.items() if value not in (None, False, "no")}
+        how = {key: value for key, value in how.items() if value not in (False, "no")}
         words = ["python -m scconv.train"]
-        for key, value in {**named, **self.changed, **how}.items():
+        for key, value in without_none({**named, **self.changed, **how}).items():
             flag = key.replace("_", "-")
             switch = f"--{flag}" if value else f"--no-{flag}"
             words.append(switch if isinstance(value, bool) else f"--{flag} {value}")
@@ -175,7 +174,7 @@ def prepare_run(
         seed=seed,
         settings=settings,
         out=out,
-        changed=without_none(changed),
+        changed=changed,
         recipe_has_name=recipe_has_name,
     )
     check_files(run, overwrite, resume)
@@ -186,6 +185,10 @@ def start_processes() -> PartialState:
     """Join the other processes, where there are any. Accelerate must be told when they have no GPU."""
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu)
+
+
+def label(values: dict) -> list[str]:
+    return [f"{key}_{value}" for key, value in without_none(values).items()]
 
 
 def without_none(values: dict) -> dict:
