@@ -342,14 +342,10 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor, pa
 
     `images` is (N, C, H, W); `top` and `left` are int64 (N,) in 0..2 * padding, `flipped` is bool (N,).
     """
-    n, channels, height, width = images.shape
-    padded = F.pad(images, [padding] * 4)
-    ascending = torch.arange(width, device=images.device)
-    rows = top[:, None] + torch.arange(height, device=images.device)  # (N, H)
-    columns = left[:, None] + torch.where(flipped[:, None], ascending.flip(0), ascending)  # (N, W)
-    image = torch.arange(n, device=images.device)[:, None, None, None]
-    channel = torch.arange(channels, device=images.device)[None, :, None, None]
-    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]  # (N, C, H, W)
+    height, width = images.shape[2:]
+    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # (N, C, 2p + 1, 2p + 1, H, W)
+    cut = windows[torch.arange(len(images), device=images.device), :, top, left]  # (N, C, H, W)
+    return torch.where(flipped[:, None, None, None], cut.flip(3), cut)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
