@@ -66,7 +66,7 @@ def start(out: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition() and process.poll() is None:
         assert time.monotonic() < end, "waited in vain"
@@ -350,7 +350,7 @@ def launch(launcher: str, folder: Path, out: str) -> tuple[dict, dict[str, torch
     words = COMMAND.replace("--epochs 3", "--epochs 2").replace(str(STEPS), "4").split()
     command = [sys.executable, "-m", *launcher.split(), "-m", "in_float64", *words, "--out", out]
     environment = {**os.environ, "HF_HOME": str(folder), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     (result,), (weights,) = ((folder / out).glob(pattern) for pattern in ("*.json", "*.safetensors"))
     return json.loads(result.read_text()), load_file(weights), done.stderr
