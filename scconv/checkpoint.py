@@ -54,10 +54,14 @@ def path_before(path: Path) -> Path:
     return path.with_name(path.name.replace(".checkpoint.", ".checkpoint-before."))
 
 
+def identify(identity: dict) -> dict:
+    return {**identity, "checkpoint format": FORMAT, "scconv version": __version__}
+
+
 def save_checkpoint(state: RunState, path: Path, identity: dict) -> None:
     """Write `state` to `path`, whole or not at all; what was there becomes the one before. `identity` is the run's."""
     content = {
-        "identity": {**identity, "checkpoint format": FORMAT, "scconv version": __version__},
+        "identity": identify(identity),
         "epoch": state.epoch,
         "now": vars(state.now) if state.now else None,
         "history": state.history,
@@ -65,7 +69,6 @@ def save_checkpoint(state: RunState, path: Path, identity: dict) -> None:
         "random_gpu": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         **{name: part.state_dict() for name, part in state.parts().items()},
     }
-
     packed = io.BytesIO()  # a full disk is then an OSError, and not one of torch's own
     torch.save(content, packed)
 
@@ -86,30 +89,20 @@ def load_checkpoint(path: Path, identity: dict, warn: Callable[[str], None]) -> 
     there = find_checkpoints(path)
     for candidate in there:
         try:
-            saved = read(candidate)
-        except ValueError as error:
+            saved = torch.load(candidate, map_location="cpu", weights_only=True)
+            known = dict(saved["identity"])
+        except Exception as error:  # a damaged file fails in many ways, and all mean the same to the reader
+            damaged = f"{candidate}: not a readable checkpoint (cut short?)"
             if candidate == there[-1]:
-                raise
-            warn(f"{error}; going on from the one before it")
+                raise ValueError(damaged) from error
+            warn(f"{damaged}; going on from the one before it")
             continue
-        expected = {**identity, "checkpoint format": FORMAT, "scconv version": __version__}
-        for key, value in expected.items():
-            found = saved["identity"].get(key)
-            if found != value:
-                raise ValueError(f"{candidate}: checkpoint of another run, with {key}={found!r} in place of {value!r}")
+        for key, value in identify(identity).items():
+            if known.get(key) != value:
+                found = f"{key}={known.get(key)!r} in place of {value!r}"
+                raise ValueError(f"{candidate}: checkpoint of another run, with {found}")
         return saved
     return None
-
-
-def read(path: Path) -> dict:
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        complete = {"identity", "epoch", "now", "history", "random", "model", "optimizer", "scheduler"} <= saved.keys()
-    except Exception as error:  # a damaged file fails in many ways, and all mean the same to the reader
-        raise ValueError(f"{path}: not a readable checkpoint (cut short?)") from error
-    if not complete:
-        raise ValueError(f"{path}: not a whole checkpoint")
-    return saved
 
 
 def restore(state: RunState, saved: dict, device: torch.device) -> None:

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR100, Food101
 from torchvision.transforms import v2
 
+from scconv.checks import check_at_least, check_choice
 from scconv.files import atomic_file
 
 IMAGE_SIZES = {"digits": 32, "cifar100": 32, "food101": 224}  # pixels, unless another size is asked for
@@ -112,10 +113,8 @@ def load_data(
     there, and a file that cannot be read.
     """
     root = Path(root or os.environ.get("SCCONV_DATA") or "data")
-    if name not in DATA_NAMES:
-        raise ValueError(f"data={name!r}: must be one of {', '.join(DATA_NAMES)}")
-    if image_size is None:
-        image_size = IMAGE_SIZES[name]
+    check_choice("data", name, DATA_NAMES)
+    image_size = IMAGE_SIZES[name] if image_size is None else image_size
     if name == "digits":
         return load_digit_images(image_size)
     if name == "food101":
@@ -127,8 +126,7 @@ def load_data(
 
 def load_digit_images(image_size: int = 32) -> ImageData:
     """scikit-learn's 8x8 handwritten digits as RGB: 1,437 training and 360 test images, stratified, always the same."""
-    if image_size < 8:
-        raise ValueError(f"image_size={image_size}: must be at least 8 for digits")
+    check_at_least(8, image_size=image_size)
     pixels, labels = load_digits(return_X_y=True)
     grey = torch.from_numpy(pixels).reshape(-1, 1, 8, 8) * (255 / 16)  # their ink runs from 0 to 16
     size = (image_size, image_size)
@@ -184,8 +182,7 @@ def load_food101(root: Path, image_size: int = 224, download: bool = False, work
     Training: a random crop of 8 to 100 % of the area, resized to `image_size`, and a flip. Test: the shorter side
     resized to 256/224 of `image_size`, centre crop. Both are torchvision's for ImageNet.
     """
-    if image_size < 32:
-        raise ValueError(f"image_size={image_size}: must be at least 32 for food101")
+    check_at_least(32, image_size=image_size)
     try:
         train, test = (Food101(root, split, download=download) for split in ("train", "test"))
     except RuntimeError as error:
@@ -230,28 +227,9 @@ def derive_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-def epoch_batches(
-    n: int,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    shuffle: bool = True,
-    rank: int = 0,
-    world: int = 1,
-    drop_last: bool = False,
-) -> list[Tensor]:
-    """The indices of each batch of one epoch over `n` images, as int64 tensors: this process's share of each batch.
-
-    The order depends on (seed, epoch) alone. `batch_size` is the global one, of all `world` processes; process `rank`
-    gets a contiguous part of each batch, so that the parts together are the batch that one process would have.
-    `drop_last` leaves out a last batch that is not full.
-    """
-    if shuffle:
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(derive_seed(seed, epoch)))
-    else:
-        order = torch.arange(n)
-    batches = order[: n - n % batch_size].split(batch_size) if drop_last else order.split(batch_size)
-    return [batch.tensor_split(world)[rank] for batch in batches]
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """The order of `n` images in one epoch, int64 (n,). It depends on (seed, epoch) alone."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(derive_seed(seed, epoch)))
 
 
 def train_batches(
@@ -268,22 +246,23 @@ def train_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled batches of one epoch on `device`: normalised images (n, 3, H, W) and labels (n,), from batch `start` on.
 
+    `batch_size` is that of all `world` processes; process `rank` gets its contiguous part of each batch.
     A last batch that is not full is left out: compiled code then meets one shape only, and every process an equal part.
     The in-memory sets must be on `device` already (`ImageData.to`).
     """
+    order = epoch_order(data.num_train, seed, epoch)
+    steps = len(order) // batch_size
+    batches = order[: steps * batch_size].view(steps, batch_size)
     if isinstance(data.train, Photographs):
-        batches = epoch_batches(data.num_train, batch_size, seed, epoch, True, rank, world, drop_last=True)
         photographs = data.train if augment else data.train_plain
-        yield from photograph_batches(data, photographs, batches[start:], seed, epoch, device)
+        shares = [batch.tensor_split(world)[rank] for batch in batches[start:]]
+        yield from photograph_batches(data, photographs, shares, seed, epoch, device)
         return
     images, labels = data.train
     mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
     generator = torch.Generator(device).manual_seed(derive_seed(seed, epoch, 1))
-    batches = epoch_batches(data.num_train, batch_size, seed, epoch, drop_last=True)
-    if not batches:
-        return
     # one transfer an epoch, so that no step waits for the device
-    for position, batch in enumerate(torch.stack(batches).to(device)):
+    for position, batch in enumerate(batches.to(device)):
         whole = images[batch]
         if augment:  # the whole batch, also where several processes share it: then each draws the same numbers
             whole = random_crop_and_flip(whole, generator, PADDING, data.mirror)
@@ -296,16 +275,16 @@ def eval_batches(
     data: ImageData, batch_size: int, *, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All test images in order, each once, without augmentation: as `train_batches`, with the last batch in."""
-    batches = epoch_batches(data.num_test, batch_size, 0, 0, False, rank, world)
+    shares = [batch.tensor_split(world)[rank] for batch in torch.arange(data.num_test).split(batch_size)]
     if isinstance(data.test, Photographs):
-        yield from photograph_batches(data, data.test, batches, 0, 0, device)
+        yield from photograph_batches(data, data.test, shares, 0, 0, device)
         return
     images, labels = data.test
     mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
-    for batch in batches:
-        if len(batch):
-            batch = slice(int(batch[0]), int(batch[-1]) + 1)
-            yield normalise(images[batch], mean, std), labels[batch]
+    for share in shares:
+        if len(share):
+            part = slice(int(share[0]), int(share[-1]) + 1)
+            yield normalise(images[part], mean, std), labels[part]
 
 
 def photograph_batches(
@@ -313,7 +292,9 @@ def photograph_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     addresses = [photograph_addresses(batch.tolist(), seed, epoch) for batch in batches if len(batch)]
     pinned = torch.device(device).type == "cuda"
-    loader = DataLoader(photographs, batch_sampler=addresses, num_workers=data.workers, pin_memory=pinned)
+    loader = DataLoader(
+        photographs, batch_sampler=addresses, num_workers=data.workers, pin_memory=pinned, generator=torch.Generator()
+    )  # what it draws must not move torch's own generator
     mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
     for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -361,14 +342,10 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor, pa
 
     `images` is (N, C, H, W); `top` and `left` are int64 (N,) in 0..2 * padding, `flipped` is bool (N,).
     """
-    n, channels, height, width = images.shape
-    padded = F.pad(images, [padding] * 4)
-    ascending = torch.arange(width, device=images.device)
-    rows = top[:, None] + torch.arange(height, device=images.device)  # (N, H)
-    columns = left[:, None] + torch.where(flipped[:, None], ascending.flip(0), ascending)  # (N, W)
-    image = torch.arange(n, device=images.device)[:, None, None, None]
-    channel = torch.arange(channels, device=images.device)[None, :, None, None]
-    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]  # (N, C, H, W)
+    height, width = images.shape[2:]
+    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # (N, C, 2p + 1, 2p + 1, H, W)
+    cut = windows[torch.arange(len(images), device=images.device), :, top, left]  # (N, C, H, W)
+    return torch.where(flipped[:, None, None, None], cut.flip(3), cut)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

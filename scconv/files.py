@@ -8,6 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+# What every result of a run has. The format is in `result_file.py`.
+FIELDS = {
+    "format", "name", "model", "model_options", "small_images", "data", "recipe", "limit_train_batches", "seed",
+    "history", "test", "params", "macs", "seconds", "images_per_second", "peak_memory_mib", "versions", "device",
+    "precision", "weights",
+}  # fmt: skip
+
 
 @contextmanager
 def atomic_file(path: Path, before_rename: Callable[[], None] | None = None) -> Iterator[BinaryIO]:
@@ -32,3 +39,21 @@ def checksum(content: dict) -> str:
     """SHA-256 of a dict without its own `sha256`, whatever the order of its keys."""
     rest = {key: value for key, value in content.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_run(path: Path) -> dict:
+    """One run's result file.
+
+    Raises:
+        ValueError: it is cut short, misses a field, or is not as the run wrote it.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        missing = FIELDS - result.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a readable result file ({error})") from error
+    if missing:
+        raise ValueError(f"{path}: not a whole result file, without {', '.join(sorted(missing))}")
+    if result.get("sha256") != checksum(result):
+        raise ValueError(f"{path}: not as the run wrote it, its checksum differs")
+    return result

@@ -3,11 +3,13 @@
 `paper` is the paper's, `fast` this book's for a GPU, `quick` for a first look on a processor.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
+
+from scconv.checks import check_choice
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,15 @@ QUICK = Recipe(
 RECIPES = {"paper": PAPER, "fast": FAST, "quick": QUICK}
 
 
-def check_choice(argument: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{argument}={value!r}: must be one of {', '.join(allowed)}")
-
-
 def build_recipe(name: str, data_name: str) -> Recipe:
     """The recipe of that name for that image set."""
     check_choice("recipe", name, RECIPES)
     return PAPER_PHOTOGRAPHS if (name, data_name) == ("paper", "food101") else RECIPES[name]
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    options = {key: getattr(recipe, key) for key in ("lr", "momentum", "nesterov", "weight_decay")}
+    return torch.optim.SGD(model.parameters(), **options)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> LRScheduler:
@@ -74,3 +76,13 @@ def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_e
     if recipe.schedule == "step":
         return MultiStepLR(optimizer, [round(part * recipe.epochs) * steps_per_epoch for part in recipe.milestones])
     return OneCycleLR(optimizer, recipe.lr, total_steps=steps, pct_start=recipe.warmup, cycle_momentum=False)
+
+
+def learning_rate(recipe: Recipe, steps_per_epoch: int, step: int) -> float:
+    """That of one step, counted from the first of the run as 0."""
+    optimizer = build_optimizer(nn.Linear(1, 1), recipe)
+    scheduler = build_schedule(optimizer, recipe, steps_per_epoch)
+    for _ in range(step):
+        optimizer.step()
+        scheduler.step()
+    return scheduler.get_last_lr()[0]

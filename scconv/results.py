@@ -11,43 +11,24 @@ from pathlib import Path
 
 import pandas as pd
 
-from scconv.files import checksum
+from scconv.files import read_run
 from scconv.record import RESULTS
 
-FIELDS = {
-    "format", "name", "model", "model_options", "data", "recipe", "limit_train_batches", "seed", "history", "test",
-    "params", "macs", "seconds", "images_per_second", "peak_memory_mib", "versions", "device", "precision", "weights",
-}  # fmt: skip
 TITLES = {"cifar100": "CIFAR-100", "food101": "Food-101", "digits": "digits"}
 MISSION = ("resnet50", "scconv_resnet50", "densenet121", "scconv_densenet121")
 # Rows that a table has with or without a run: (data, recipe, network). Other runs get theirs by being there.
 EXPECTED = tuple((data, "fast", network) for data in ("CIFAR-100", "Food-101") for network in MISSION)
+SHOWN_EPOCHS = (1, 2, 5, 10, 20, 50, 100)  # where two recipes are compared, besides the last
 KEYS = ["data", "recipe", "epochs", "network"]
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def read_run(path: Path) -> dict:
-    """One run's result file.
-
-    Raises:
-        ValueError: it is cut short, misses a field, or is not as the run wrote it.
-    """
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        missing = FIELDS - result.keys()
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not a readable result file ({error})") from error
-    if missing:
-        raise ValueError(f"{path}: not a whole result file, without {', '.join(sorted(missing))}")
-    if result.get("sha256") != checksum(result):
-        raise ValueError(f"{path}: not as the run wrote it, its checksum differs")
-    return result
-
-
 def read_runs(folder: Path = RESULTS / "runs") -> list[dict]:
     """All runs in `folder`, by name. Those on a part of the training images (`limit_train_batches`) are left out."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: not a folder with result files")
     runs = [read_run(path) for path in sorted(folder.glob("*.json"))]
     return [run for run in runs if run["limit_train_batches"] is None]
 
@@ -139,13 +120,38 @@ def learning_curves(runs: list[dict]) -> pd.DataFrame:
     return pd.DataFrame([{**describe(run), "seed": run["seed"], **row} for run in runs for row in run["history"]])
 
 
+def compare_recipes(runs: list[dict], first: str = "fast", second: str = "paper") -> pd.DataFrame:
+    """Top-1 on the way, of two recipes side by side, all text: each recipe's longest runs, the median of their seeds.
+
+    Where both ran, a row for each of `SHOWN_EPOCHS` and for the last of each; where one did, its last epoch, and
+    "not run yet" for the other.
+    """
+    rows = []
+    curves = learning_curves(runs).groupby(["data", "network"], sort=False) if runs else ()
+    for (data, network), both in curves:
+        top1 = {recipe: accuracy_by_epoch(both[both["recipe"] == recipe]) for recipe in (first, second)}
+        last = {max(found.index) for found in top1.values() if len(found)}
+        both_ran = all(map(len, top1.values()))
+        for epoch in sorted(last | {shown for shown in SHOWN_EPOCHS if both_ran and shown < max(last)}):
+            cells = {recipe: f"{found.get(epoch):.2%}" if epoch in found else "–" for recipe, found in top1.items()}
+            cells |= {recipe: "not run yet" for recipe, found in top1.items() if found.empty}
+            rows.append({"set": data, "network": network, "epoch": epoch, **cells})
+    return pd.DataFrame(rows, columns=["set", "network", "epoch", first, second])
+
+
+def accuracy_by_epoch(curves: pd.DataFrame) -> pd.Series:
+    return curves[curves["epochs"] == curves["epochs"].max()].groupby("epoch")["test_top1"].median()
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scconv.results", description=__doc__.splitlines()[0])
-    parser.add_argument("--table", default="overall", metavar="SET", help="overall, or a set such as cifar")
+    parser.add_argument("--table", default="overall", metavar="SET", help="overall, a set such as cifar, or recipes")
     parser.add_argument("--folder", type=Path, default=RESULTS / "runs", help="of the result files")
     given = parser.parse_args(arguments)
     try:
-        print(show_table(read_runs(given.folder), given.table).to_string(index=False))
+        runs = read_runs(given.folder)
+        table = compare_recipes(runs) if given.table == "recipes" else show_table(runs, given.table)
+        print(table.to_string(index=False))
     except ValueError as error:
         print(f"scconv.results: {error}", file=sys.stderr)
         return 2

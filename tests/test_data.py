@@ -13,7 +13,7 @@ from scconv.data import (
     Photographs,
     channel_statistics,
     crop_and_flip,
-    epoch_batches,
+    epoch_order,
     eval_batches,
     load_data,
     normalise,
@@ -101,46 +101,42 @@ def test_channel_statistics_and_normalise():
 # ---- the sampler ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_an_epoch_has_each_index_once(shuffle):
-    batches = epoch_batches(103, 10, seed=1, epoch=2, shuffle=shuffle)
-    assert [len(batch) for batch in batches] == [10] * 10 + [3]
-    assert sorted(torch.cat(batches).tolist()) == list(range(103))
-    assert (torch.cat(batches).tolist() == list(range(103))) is not shuffle
+def numbered(n: int) -> ImageData:
+    """`n` images, each its own class."""
+    split = (torch.randint(256, (n, 3, 8, 8), dtype=torch.uint8), torch.arange(n))
+    return ImageData("toy", ("a",) * n, 8, (0.0,) * 3, (1.0,) * 3, split, split)
 
 
-def test_drop_last_leaves_only_full_batches():
-    batches = epoch_batches(103, 10, 1, 2, drop_last=True)
-    assert [len(batch) for batch in batches] == [10] * 10
-    assert len(set(torch.cat(batches).tolist())) == 100
+def test_an_epoch_has_each_index_once_in_another_order():
+    order = epoch_order(103, seed=1, epoch=2).tolist()
+    assert sorted(order) == list(range(103))
+    assert order != list(range(103))
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_each_global_batch(world):
-    whole = epoch_batches(50, 12, 7, 3)
-    shares = [epoch_batches(50, 12, 7, 3, rank=rank, world=world) for rank in range(world)]
-    for batch, *parts in zip(whole, *shares, strict=True):
-        assert torch.equal(torch.cat(parts), batch)
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+@pytest.mark.parametrize(("batch_size", "steps"), [(10, 10), (103, 1), (104, 0)])
+def test_an_epoch_has_only_full_batches(batch_size, steps):
+    batches = [labels for _, labels in train_batches(numbered(103), batch_size, 1, 2)]
+    assert [len(labels) for labels in batches] == [batch_size] * steps
+    assert len({label for labels in batches for label in labels.tolist()}) == batch_size * steps
 
 
 def test_order_follows_from_seed_and_epoch():
     def order(seed, epoch):
-        return torch.cat(epoch_batches(100, 10, seed, epoch)).tolist()
+        return epoch_order(100, seed, epoch).tolist()
 
     assert order(0, 1) == order(0, 1)
     assert len({tuple(order(seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 3])
 def test_train_batches_are_the_sampler_and_the_augmentation(world):
     """Two processes together see what one sees, image by image, crops included."""
-    images = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8)
-    split = (images, torch.arange(20))
-    data = ImageData("toy", ("a",) * 20, 8, (0.0,) * 3, (1.0,) * 3, split, split)
+    data = numbered(20)
+    images = data.train[0]
     ranks = [list(train_batches(data, 6, 3, 4, rank=rank, world=world)) for rank in range(world)]
     plain = [torch.cat(parts) for parts in zip(*([y for _, y in rank] for rank in ranks), strict=True)]
-    assert [batch.tolist() for batch in plain] == [b.tolist() for b in epoch_batches(20, 6, 3, 4, drop_last=True)]
+    assert torch.cat(plain).tolist() == epoch_order(20, 3, 4)[:18].tolist()
+    assert {len(labels) for rank in ranks for _, labels in rank} == {6 // world}
     alone = list(train_batches(data, 6, 3, 4))
     for step, (x, y) in enumerate(alone):
         assert torch.equal(torch.cat([rank[step][0] for rank in ranks]), x)
@@ -174,8 +170,7 @@ def test_the_same_test_images_are_picked_in_each_order():
 
 
 def test_eval_batches_are_all_images_in_order():
-    split = (torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8), torch.arange(20))
-    data = ImageData("toy", ("a",) * 20, 8, (0.0,) * 3, (1.0,) * 3, split, split)
+    data = numbered(20)
     assert torch.cat([y for _, y in eval_batches(data, 6)]).tolist() == list(range(20))
     shares = [y for rank in range(3) for _, y in eval_batches(data, 6, rank=rank, world=3)]
     assert sorted(torch.cat(shares).tolist()) == list(range(20))

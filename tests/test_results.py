@@ -7,7 +7,16 @@ import pytest
 
 from scconv.files import checksum
 from scconv.record import RESULTS
-from scconv.results import EXPECTED, learning_curves, main, read_run, read_runs, show_table, tabulate
+from scconv.results import (
+    EXPECTED,
+    compare_recipes,
+    learning_curves,
+    main,
+    read_run,
+    read_runs,
+    show_table,
+    tabulate,
+)
 
 RUN = RESULTS / "runs" / "cifar100-fast-epochs_15-resnet20-seed0.json"
 
@@ -133,6 +142,55 @@ def test_learning_curves_are_the_histories():
     assert last["test_top1"] == runs[1]["history"][-1]["test_top1"]
 
 
+def trained(folder, recipe: str, epochs: int, seed: int, top1: float, network: str = "resnet20") -> None:
+    """A run file whose accuracy rises by `top1` each epoch."""
+    run = variant(seed, recipe={"name": recipe, "epochs": epochs}, model=network)
+    run["history"] = [{**run["history"][0], "epoch": n, "test_top1": top1 * n} for n in range(1, epochs + 1)]
+    name = f"{recipe}-{epochs}-{network}-{seed}.json"
+    (folder / name).write_text(json.dumps({**run, "sha256": checksum(run)}))
+
+
+def test_two_recipes_are_compared_by_epoch_where_both_ran(tmp_path):
+    for seed, top1 in enumerate((0.05, 0.07, 0.06)):
+        trained(tmp_path, "fast", 12, seed, top1)
+    trained(tmp_path, "fast", 3, 0, 0.2)  # a shorter experiment
+    trained(tmp_path, "paper", 25, 0, 0.02)
+    trained(tmp_path, "quick", 30, 0, 0.03)  # neither of the two
+    table = compare_recipes(read_runs(tmp_path))
+    assert set(table["network"]) == {"resnet20"}
+    assert set(table["set"]) == {"CIFAR-100"}
+    expected = {  # the median seed's 6 points an epoch, and 2
+        1: ("6.00%", "2.00%"),
+        2: ("12.00%", "4.00%"),
+        5: ("30.00%", "10.00%"),
+        10: ("60.00%", "20.00%"),
+        12: ("72.00%", "24.00%"),
+        20: ("–", "40.00%"),
+        25: ("–", "50.00%"),
+    }
+    assert {row["epoch"]: (row["fast"], row["paper"]) for row in table.to_dict("records")} == expected
+
+
+def test_a_recipe_that_did_not_run_says_so(tmp_path):
+    trained(tmp_path, "fast", 12, 0, 0.05)
+    trained(tmp_path, "paper", 4, 0, 0.02, network="resnet56")
+    trained(tmp_path, "quick", 2, 0, 0.02, network="resnet32")
+    table = compare_recipes(read_runs(tmp_path))
+    assert table.to_numpy().tolist() == [
+        ["CIFAR-100", "resnet20", 12, "60.00%", "not run yet"],
+        ["CIFAR-100", "resnet56", 4, "not run yet", "8.00%"],
+    ]
+    assert compare_recipes([]).empty
+    assert list(compare_recipes([]).columns) == ["set", "network", "epoch", "fast", "paper"]
+
+
+def test_the_command_compares_recipes(tmp_path, capsys):
+    trained(tmp_path, "fast", 2, 0, 0.05)
+    trained(tmp_path, "paper", 2, 0, 0.02)
+    assert main(["--table", "recipes", "--folder", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["CIFAR-100", "resnet20", "2", "10.00%", "4.00%"]
+
+
 def test_the_command_prints_the_table_of_the_report(capsys):
     assert main(["--table", "overall"]) == 0
     printed = capsys.readouterr().out
@@ -140,6 +198,21 @@ def test_the_command_prints_the_table_of_the_report(capsys):
         assert any(all(str(value) in line for value in row.values()) for line in printed.splitlines())
     assert main(["--table", "cifar"]) == 0
     assert "Food-101" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [cut, better])
+def test_the_command_refuses_a_damaged_file_in_one_line(tmp_path, capsys, change):
+    (tmp_path / "run.json").write_text(change(RUN.read_text()))
+    assert main(["--folder", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert str(tmp_path / "run.json") in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path, capsys):
+    assert main(["--folder", str(tmp_path / "rusn")]) == 2
+    assert capsys.readouterr().err == f"scconv.results: {tmp_path / 'rusn'}: not a folder with result files\n"
 
 
 def test_an_unknown_set_is_one_line(capsys):

@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from scconv import files
+from scconv import run as run_module
+from scconv import stop as stop_module
 from scconv import train as train_module
 from scconv.data import load_data
 from scconv.recipes import QUICK
@@ -64,7 +66,7 @@ def start(out: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition() and process.poll() is None:
         assert time.monotonic() < end, "waited in vain"
@@ -103,17 +105,16 @@ def test_killed_five_times_at_random_moments(undisturbed, tmp_path):
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, digits, undisturbed, tmp_path, monkeypatch):
     steps = []
 
-    def signal_at_the_fifteenth(*arguments):
+    def signal_at_the_fourteenth(*arguments):
         steps.append(1)
-        if len(steps) == 15:
+        if len(steps) == 14:
             os.kill(os.getpid(), number)
         return add_to_totals(*arguments)
 
     add_to_totals = train_module.add_to_totals
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "add_to_totals", signal_at_the_fifteenth)
-        # 12 steps and 1 batch of 360 test images make 13 calls in the first epoch
+        patch.setattr(train_module, "add_to_totals", signal_at_the_fourteenth)
         with pytest.raises(Stopped, match=rf"stopped by {number.name} in epoch 2 of 3, after step 2 of 12; .*--resume"):
             run(digits, tmp_path)
     assert signal.getsignal(number) == handler
@@ -126,7 +127,8 @@ def test_a_time_budget_is_kept_and_the_pieces_make_the_whole(digits, undisturbed
     """With a clock that goes on by a second at each look, so that every machine stops at the same steps."""
     clock = itertools.count()
     ticking = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=lambda: next(clock))
-    monkeypatch.setattr(train_module, "time", ticking)
+    for module in (train_module, stop_module):
+        monkeypatch.setattr(module, "time", ticking)
     pieces = []
     for _ in range(10):
         begin = next(clock)
@@ -249,24 +251,65 @@ def test_a_checkpoint_of_another_run_is_refused(digits, stopped_twice, change, m
     assert (newest.read_bytes(), before.read_bytes()) == contents
 
 
-def test_a_full_disk_stops_in_one_line_and_what_was_saved_stays(undisturbed, tmp_path, monkeypatch, capsys):
-    """The disk fills up while the fourth file is written: the weights, after three checkpoints."""
+def test_a_checkpoint_of_an_equal_version_with_other_weights_is_refused(digits, stopped_twice):
+    newest, _ = stopped_twice
+    saved = torch.load(newest, weights_only=True)
+    saved["model"]["fc.weight"] = torch.zeros(10, 32)
+    torch.save(saved, newest)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: checkpoint of another version of resnet20, with other wei"):
+        run(digits, newest.parent, resume=True)
+
+
+def test_the_command_refuses_damaged_checkpoints_in_one_line(tmp_path, capsys, monkeypatch):
+    words = [*COMMAND.split(), "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.Watch, "why_stop", lambda *_: "the test")
+        assert main(words) == 4
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--resume"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert f"{path}: not a readable checkpoint (cut short?)" in error
+    assert error.count("\n") == 1
+
+
+def test_a_set_that_cannot_be_packed_is_one_line(tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "train.npz")
+
+    monkeypatch.setattr(run_module, "load_data", full)
+    assert main([*COMMAND.split(), "--out", str(tmp_path)]) == 5
+    error = capsys.readouterr().err
+    assert error == "scconv.train: train.npz: No space left on device; the files that were there are as they were\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "left"),
+    [(1, 0), (2, 1), (4, 2), (5, 3)],  # three checkpoints, of which two are kept, then weights, then the result
+)
+def test_a_full_disk_stops_in_one_line_and_what_was_saved_stays(
+    number, left, undisturbed, tmp_path, monkeypatch, capsys
+):
+    """The disk fills up while file `number` is written."""
     calls, sync = [], os.fsync
 
-    def full_at_the_fourth(descriptor):
+    def full_at_the_number(descriptor):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == number:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(descriptor)
 
     words = [*COMMAND.split(), "--threads", "1", "--out", str(tmp_path)]
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "fsync", full_at_the_fourth)
+        patch.setattr(files.os, "fsync", full_at_the_number)
         assert main(words) == 5
     error = capsys.readouterr().err
     assert "No space left on device" in error
     assert error.count("\n") == 1
-    assert len(list(tmp_path.iterdir())) == 2, "the two checkpoints, and no temporary file"
+    assert len(list(tmp_path.iterdir())) == left, "no temporary file"
     assert main([*words, "--resume"]) == 0
     assert_same(tmp_path, undisturbed)
 
@@ -290,32 +333,48 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoint(digits, stopped_twice, 
 
 # ---- shared --------------------------------------------------------------------------------------------------------
 
-TWO = """
-import json, sys, torch
-from dataclasses import replace
-from scconv.data import load_data
-from scconv.recipes import QUICK
-from scconv.train import train
+# `-m in_float64` is `-m scconv.train` in double precision.
+IN_FLOAT64 = """
+import runpy
+import torch
 torch.set_default_dtype(torch.float64)
-torch.set_num_threads(1)
-result = train("resnet20", load_data("digits", image_size=8), replace(QUICK, epochs=2, batch_size=32), 0,
-               sys.argv[1], limit_train_batches=4, progress=False)
+runpy.run_module("scconv.train", run_name="__main__")
 """
+LAUNCH = "accelerate.commands.launch --num_processes 2"
+ONE = "accelerate launch has started one process only; for more without GPUs give it --multi_gpu as well"
 
 
-def test_two_processes_do_what_one_does(tmp_path):
+def launch(launcher: str, folder: Path, out: str) -> tuple[dict, dict[str, torch.Tensor], str]:
+    """Two epochs of four steps: the result, the weights, and what was said on the way."""
+    (folder / "in_float64.py").write_text(IN_FLOAT64)
+    words = COMMAND.replace("--epochs 3", "--epochs 2").replace(str(STEPS), "4").split()
+    command = [sys.executable, "-m", *launcher.split(), "-m", "in_float64", *words, "--out", out]
+    environment = {**os.environ, "HF_HOME": str(folder), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (result,), (weights,) = ((folder / out).glob(pattern) for pattern in ("*.json", "*.safetensors"))
+    return json.loads(result.read_text()), load_file(weights), done.stderr
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """Where there is no GPU, accelerate launch without --multi_gpu starts one process, whatever it is asked for."""
+    result, weights, said = launch(LAUNCH, tmp_path_factory.mktemp("one"), "out")
+    assert [line for line in said.splitlines() if "one process" in line] == [f"scconv.train: {ONE}"]
+    return result, weights
+
+
+@pytest.mark.parametrize("launcher", [f"{LAUNCH} --multi_gpu", "torch.distributed.run --standalone --nproc_per_node 2"])
+def test_two_processes_do_what_one_does(launcher, one_process, tmp_path):
     """In float64, to the rounding of sums that are taken in another order."""
-    (tmp_path / "two.py").write_text(TWO)
-    for processes in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *launcher, str(tmp_path / "two.py"), str(tmp_path / str(processes))]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (json.loads(next((tmp_path / n).glob("*.json")).read_text()) for n in "12")
-    for row, other in zip(one["history"], two["history"], strict=True):
+    result, weights, said = launch(launcher, tmp_path, "out")
+    assert "one process" not in said
+    expected, expected_weights = one_process
+    for row, other in zip(expected["history"], result["history"], strict=True):
         for key in row.keys() - {"seconds", "train_seconds"}:
-            assert other[key] == pytest.approx(row[key], abs=1e-6), key
-    one, two = (load_file(next((tmp_path / n).glob("*.safetensors"))) for n in "12")
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=1e-9, msg=name)
+            assert other[key] == pytest.approx(row[key], rel=1e-6), key
+    assert weights.keys() == expected_weights.keys()
+    for name, tensor in expected_weights.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-6, atol=1e-9, msg=name)
+    rounded = [name for name, tensor in expected_weights.items() if not torch.equal(weights[name], tensor)]
+    assert rounded, "one process: two would round differently"

@@ -15,8 +15,9 @@ from torch import nn
 from scconv import machine as machine_module
 from scconv import train as train_module
 from scconv.complexity import count_params
-from scconv.data import ImageData, load_data, normalise
+from scconv.data import ImageData, load_data, normalise, train_batches
 from scconv.machine import find_commit
+from scconv.models import build_model
 from scconv.recipes import FAST, PAPER, PAPER_PHOTOGRAPHS, QUICK, build_recipe, build_schedule
 from scconv.train import evaluate, load_trained, main, prepare_run, train
 
@@ -186,10 +187,10 @@ def test_the_recorded_losses_are_those_of_a_plain_loop(digits, tmp_path):
     recipe = replace(TINY, epochs=1, nesterov=False, label_smoothing=0.1, schedule="step", milestones=(), augment=False)
     result = run_tiny(digits, tmp_path, recipe=recipe, limit_train_batches=2)
     torch.manual_seed(0)
-    model = train_module.build_model("resnet20", num_classes=10, small_images=True)
+    model = build_model("resnet20", num_classes=10, small_images=True)
     velocity = {name: 0 for name, _ in model.named_parameters()}
     losses = []
-    for (images, labels), _ in zip(train_module.train_batches(digits, 32, 0, 0, augment=False), range(2), strict=False):
+    for (images, labels), _ in zip(train_batches(digits, 32, 0, 0, augment=False), range(2), strict=False):
         model.zero_grad()
         log_probabilities = model(images).log_softmax(1)
         target = torch.full((32, 10), 0.01)
@@ -294,10 +295,20 @@ def test_resume_without_a_checkpoint_starts_at_the_beginning(finished, digits, t
 def test_a_result_is_not_overwritten_unasked(finished, digits, monkeypatch):
     out, result = finished
     before = (out / f"{result['name']}.json").read_bytes()
-    monkeypatch.setattr(train_module, "train_epoch", lambda *args: pytest.fail("trained"))
-    with pytest.raises(ValueError, match=r"exists; replace it with overwrite=True \(--overwrite\)"):
+    monkeypatch.setattr(train_module.Training, "fit", lambda *args: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=r"json exists; overwrite=True \(--overwrite\) replaces it"):
         run_tiny(digits, out)
     assert (out / f"{result['name']}.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_weights_without_a_result_are_not_overwritten_unasked(digits, tmp_path, resume):
+    weights = tmp_path / "digits-quick-limit_train_batches_3-image_size_8-resnet20-seed0.safetensors"
+    weights.write_bytes(b"someone's")
+    with pytest.raises(ValueError, match=r"safetensors exists; overwrite=True \(--overwrite\) replaces it"):
+        run_tiny(digits, tmp_path, resume=resume)
+    assert weights.read_bytes() == b"someone's"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_overwrite_replaces_a_result(digits, tmp_path):
@@ -311,7 +322,7 @@ def test_overwrite_replaces_a_result(digits, tmp_path):
 @pytest.mark.parametrize("where", ["file", "file/below"])
 def test_a_folder_that_cannot_be_written_is_found_before_training(digits, tmp_path, monkeypatch, where):
     (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setattr(train_module, "train_epoch", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr(train_module.Training, "fit", lambda *args: pytest.fail("trained"))
     with pytest.raises(ValueError, match="must be a folder that can be written"):
         run_tiny(digits, tmp_path / where)
 
