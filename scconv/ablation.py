@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from scconv.layers import SRU, _check_choice
+from scconv.checks import check_choice
+from scconv.layers import SRU
 
 PARTS = ("non_informative", "informative")
 CONTROLS = ("channel", "nonzero", "smallest")
@@ -40,9 +41,9 @@ def ablated(
     Yields for each SRU the sums over its inputs so far: `"positions"`, `"removed"`, `"removed_nonzero"`, `"energy"`
     (the sum of x²) and `"removed_energy"`. Raises ValueError where there is no such part, control or SRU.
     """
-    _check_choice("part", part, PARTS)
+    check_choice("part", part, PARTS)
     if control is not None:
-        _check_choice("control", control, CONTROLS)
+        check_choice("control", control, CONTROLS)
     units = {name: module for name, module in model.named_modules() if isinstance(module, SRU)}
     layers = list(units) if layers is None else layers
     if not units or not set(layers) <= set(units):

@@ -19,7 +19,7 @@ from captum.attr import (
 )
 from torch import Tensor, nn
 
-from scconv.layers import _check_choice
+from scconv.checks import check_choice
 from scconv.redundancy import capture
 
 METHODS = ("saliency", "integrated_gradients", "grad_cam", "activation")
@@ -164,7 +164,7 @@ def _check(
     model: nn.Module, images: Tensor, target: Target, method: str, layer: str | None
 ) -> tuple[Tensor, Tensor | None]:
     """The target as a class for each image, (N,), and the layer's output for the first, (1, C, H, W)."""
-    _check_choice("method", method, METHODS)
+    check_choice("method", method, METHODS)
     if images.ndim != 4 or not images.is_floating_point() or not len(images):
         raise ValueError(f"images {images.dtype} {tuple(images.shape)}: must be floating-point (N, C, H, W), N ≥ 1")
     if layer is None and method in LAYER_METHODS:

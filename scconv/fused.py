@@ -2,15 +2,17 @@
 
 - Without a compiler: `eager.py`, a forward and a backward pass by hand.
 - Under `torch.compile` and `torch.export`: the formulas below, in operators that a compiler fuses.
+- Inside `triton_kernels()`, on CUDA: the SRU in two kernels (`kernels/sru.py`), the rest as for a compiler. They are
+  right under Triton's interpreter and compile for GPUs, but have not run on one yet; so nobody gets them unasked.
 - The plain text: inside `plain()`, and wherever someone looks at the parts or has changed them (`needs_plain`).
 
-All three take the same parameters and give the same values and gradients up to rounding. `eager.py` explains the
+All take the same parameters and give the same values and gradients up to rounding. `eager.py` explains the
 rewrites. Those here differ in one: the group norm's statistics, and the pass back through it, are written out, half by
 half, so that each half's values are read once for the statistics and once for the rest.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -19,24 +21,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from scconv import kernels
 from scconv.eager import EagerSCConv, Plan, at_centre, split
 
 if TYPE_CHECKING:
     from scconv.layers import CRU, SRU, SCConv
 
-_plain_wanted = 0
+_wanted = {"plain": 0, "kernels": 0}  # how many `with` blocks ask for it now
 
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Inside, every SCConv runs the text of `layers.py`, operator by operator: to read, to count, or to differentiate
-    twice."""
-    global _plain_wanted
-    _plain_wanted += 1
+    """Inside, every SCConv runs the text of `layers.py`: to look at it, to count it, or to differentiate it twice."""
+    _wanted["plain"] += 1
     try:
         yield
     finally:
-        _plain_wanted -= 1
+        _wanted["plain"] -= 1
+
+
+@contextmanager
+def triton_kernels() -> Iterator[None]:
+    """Inside, an SCConv on CUDA takes the SRU's Triton kernels where they can do what it asks for."""
+    _wanted["kernels"] += 1
+    try:
+        yield
+    finally:
+        _wanted["kernels"] -= 1
 
 
 STOCK: set[type] = {nn.GroupNorm, nn.Conv2d}  # layers.py adds SRU and CRU; a part of another class may do otherwise
@@ -44,7 +55,7 @@ STOCK: set[type] = {nn.GroupNorm, nn.Conv2d}  # layers.py adds SRU and CRU; a pa
 
 def needs_plain(layer: "SCConv") -> bool:
     """Whether this call must go through the layer's own parts, one after the other."""
-    if _plain_wanted or layer.order != "scconv" or torch.jit.is_tracing():
+    if _wanted["plain"] or layer.order != "scconv" or torch.jit.is_tracing():
         return True
     if torch.compiler.is_compiling():
         return False
@@ -79,9 +90,18 @@ def scconv_forward(sru: "SRU", cru: "CRU", x: Tensor) -> Tensor:
     convolutions = cru.squeeze_up, cru.squeeze_low, cru.gwc, cru.pwc_up
     weights = [convolution.weight.to(dtype) for convolution in convolutions]
     bias = None if cru.gwc.bias is None else cru.gwc.bias.to(dtype)
-    run = compiled_scconv if torch.compiler.is_compiling() else EagerSCConv.apply
+    run = choose_form(x, plan)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         return run(x, scale, shift, *weights, bias, lower, plan)
+
+
+def choose_form(x: Tensor, plan: Plan) -> Callable[..., Tensor]:
+    """What runs where the plain text does not."""
+    if torch.compiler.is_compiling():
+        return compiled_scconv
+    if _wanted["kernels"] and kernels.supports(x, plan.gn_groups) is None:
+        return triton_scconv
+    return EagerSCConv.apply
 
 
 # ---- for a compiler ------------------------------------------------------------------------------------------------
@@ -170,15 +190,30 @@ class Reconstruct(torch.autograd.Function):
         return torch.cat(g_x, dim=1), sums_norm.sum(0).flatten(), sums.sum(0).flatten(), None
 
 
-def compiled_scconv(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower, plan):
+def compiled_scconv(x, scale, shift, *rest):
     """Eq. (1)-(9) in operators that a compiler fuses."""
-    up, low = split(*Reconstruct.apply(x.to(scale.dtype), scale, shift, plan), plan.up_channels)
+    return transform_and_fuse(*Reconstruct.apply(x.to(scale.dtype), scale, shift, rest[-1]), *rest)
+
+
+def triton_scconv(x, scale, shift, *rest):
+    """Eq. (1)-(9) with the SRU in Triton."""
+    from scconv.kernels.sru import reconstruct  # imports Triton, which not every machine has
+
+    plan = rest[-1]
+    up, low = reconstruct(x, scale, shift, plan.gn_groups, plan.eps, plan.threshold, plan.soft)
+    return transform_and_fuse(up, low, *rest)
+
+
+def transform_and_fuse(up, low, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower, plan):
+    """Eq. (5)-(9), from both halves of X^w."""
+    up, low = split(up, low, plan.up_channels)
     x_up = F.conv2d(up.to(gwc.dtype), squeeze_up)
     x_low = F.conv2d(at_centre(low, plan).to(gwc.dtype), squeeze_low)
     y1 = F.conv2d(x_up, gwc, bias, plan.stride, plan.padding, plan.dilation, plan.groups)
     y1 = y1 + F.conv2d(at_centre(x_up, plan), pwc_up)  # (5)
     y2 = F.conv2d(x_low, lower[:, :, None, None])  # (6)
-    s1 = y1.mean((2, 3), dtype=scale.dtype)  # (7)
-    s2 = x_low.mean((2, 3), dtype=scale.dtype) @ lower.to(scale.dtype).t()  # the mean of Y2: averaging is linear
+    wide = torch.promote_types(y1.dtype, torch.float32)
+    s1 = y1.mean((2, 3), dtype=wide)  # (7)
+    s2 = x_low.mean((2, 3), dtype=wide) @ lower.to(wide).t()  # the mean of Y2: averaging is linear
     beta1 = torch.sigmoid(s1 - s2)[:, :, None, None].to(y1.dtype)  # (8)
     return y2 + beta1 * (y1 - y2)  # (9)

@@ -5,6 +5,7 @@ pp. 6153-6162. SRU is Eq. (1)-(4) and figure 2, CRU is Eq. (5)-(9), SCConv is an
 
 The paper leaves several points open. Each is one keyword here, and one row of the book's page on departures:
 `gate`, `gate_threshold` (Eq. 3), `gn_groups` (Eq. 1), `fusion` (Eq. 8), `order` (table 1) and what a stride does.
+What runs is the same function with less to move, `fused.py` and `eager.py`; `with plain():` runs this text itself.
 Not in the paper: precision. Statistics, the sum of γ and the gate are computed in float32 or wider, see `SRU`.
 """
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scconv.checks import check_choice
 from scconv.fused import STOCK, needs_plain, scconv_forward
 
 GATES = ("soft", "hard")
@@ -58,7 +60,7 @@ class SRU(nn.Module):
     ):
         super().__init__()
         _check_whole(channels=channels, gn_groups=gn_groups)
-        _check_choice("gate", gate, GATES)
+        check_choice("gate", gate, GATES)
         _check_fraction("gate_threshold", gate_threshold)
         if channels % 2:
             raise ChannelError(f"channels={channels}: cross-reconstruction needs an even number")
@@ -146,7 +148,7 @@ class CRU(nn.Module):
         super().__init__()
         _check_whole(in_channels=in_channels, out_channels=out_channels, squeeze_ratio=squeeze_ratio, groups=groups)
         _check_fraction("alpha", alpha)
-        _check_choice("fusion", fusion, FUSIONS)
+        check_choice("fusion", fusion, FUSIONS)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size, self.stride, self.padding, self.dilation = _geometry(kernel_size, stride, padding, dilation)
@@ -257,7 +259,7 @@ class SCConv(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_choice("order", order, ORDERS)
+        check_choice("order", order, ORDERS)
         _check_whole(in_channels=in_channels, out_channels=out_channels)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.padding, self.dilation = _geometry(kernel_size, stride, padding, dilation)
@@ -342,11 +344,6 @@ def _check_whole(**arguments: int) -> None:
 def _check_fraction(name: str, value: float) -> None:
     if not isinstance(value, (int, float)) or not 0 < value < 1:
         raise ValueError(f"{name}={value!r}: must lie between 0 and 1, both excluded")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")
 
 
 def _pair(name: str, value: int | tuple[int, int], least: int = 1) -> tuple[int, int]:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scconv.layers import CRU, SRU, _check_choice
+from scconv.checks import check_choice
+from scconv.layers import CRU, SRU
 
 
 @contextmanager
@@ -29,7 +30,7 @@ def capture(model: nn.Module, layers: str | Iterable[str], of: str = "output") -
     Raises ValueError for other arguments; and by the model's call, if the batch or a module's output has a NaN or an
     infinite value (it names the first), or if a layer does not run (an SRU calls its `gn` by function).
     """
-    _check_choice("of", of, ("output", "input"))
+    check_choice("of", of, ("output", "input"))
     layers = [layers] if isinstance(layers, str) else list(layers)
     modules = dict(model.named_modules())
     for name in layers:
@@ -67,7 +68,7 @@ def channel_similarity(features: Tensor, kind: str = "cosine") -> Tensor:
     zeros (for the correlation: a constant map) have neither and are left out, since any number in their place would
     call a dead channel redundant or diverse. NaN where an image has no pair left.
     """
-    _check_choice("kind", kind, ("cosine", "correlation"))
+    check_choice("kind", kind, ("cosine", "correlation"))
     maps = _check_features(features).double().flatten(2)  # (N, C, H·W)
     size = maps.norm(dim=2, keepdim=True)
     if kind == "correlation":

@@ -7,6 +7,8 @@ of their own, and neither the package's module nor the environment of other test
 import importlib.util
 import math
 import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -327,3 +329,32 @@ def test_compiles_for_a_gpu_without_one(compiled_copy, name, dtype, layout, soft
     assert binary.metadata.shared <= 48 * 1024  # what every GPU has without asking
     if dtype != torch.float32:
         assert "cvt.rn" in binary.asm["ptx"]  # rounded to nearest, where the interpreter cuts off
+
+
+WHICH_RAN = """
+import torch
+from scconv import SCConv, kernels, layers
+from scconv.fused import plain, triton_kernels
+import scconv.kernels.sru as sru
+
+calls, reconstruct = [], sru.reconstruct
+sru.reconstruct = lambda *arguments: calls.append(1) or reconstruct(*arguments)
+torch.manual_seed(0)
+layer, x = SCConv(16, 16, dtype=torch.float64), torch.randn(2, 16, 5, 5, dtype=torch.float64)
+with plain():
+    expected = layer(x)
+layer(x)
+assert not calls, "nobody asked for the kernels"
+with triton_kernels():
+    found = layer(x)
+    assert len(calls) == 1, "the kernels did not run"
+    SCConv(12, 12, gn_groups=3, groups=1, dtype=torch.float64)(x[:, :12])
+    assert len(calls) == 1, "an odd number of groups goes another way"
+torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+"""
+
+
+def test_the_layer_takes_the_kernels_only_where_they_are_asked_for():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", WHICH_RAN], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
