@@ -194,30 +194,44 @@ def split(up: Tensor, low: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     return tuple(part.contiguous(memory_format=memory_format_of(up)) for part in parts)
 
 
+def forward_pass(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower, plan, norm=None):
+    """Y, and what the backward pass needs: X_up, X_low, D, β1.
+
+    `norm` is of `inference.py`: 1/a and c, where the weights behind the squeezes have been multiplied by a, and c is to
+    be added; each (C2, 1, 1).
+    """
+    squeeze_up, squeeze_low, pwc_up = squeeze_up.flatten(1), squeeze_low.flatten(1), pwc_up.flatten(1)
+    parts, wide = pieces(x), scale.dtype
+    x_up = empty(x, len(x), len(squeeze_up), *x.shape[2:], dtype=gwc.dtype)
+    x_low = empty(x, len(x), len(squeeze_low), *at_centre(x[:1, :1], plan).shape[2:], dtype=gwc.dtype)
+    for part in parts:
+        up, low = split(*reconstruct(gate(x[part].to(wide), scale, shift, plan), plan), plan.up_channels)
+        pointwise(squeeze_up, up.to(gwc.dtype), out=x_up[part])
+        pointwise(squeeze_low, at_centre(low, plan).to(gwc.dtype), out=x_low[part])
+
+    d = F.conv2d(x_up, gwc, bias, plan.stride, plan.padding, plan.dilation, plan.groups)
+    d = d.contiguous(memory_format=memory_format_of(x))
+    y, beta1 = torch.empty_like(d), d.new_empty(*d.shape[:2], 1, 1)
+    for part in parts:
+        y2 = pointwise(lower, x_low[part], out=y[part])  # (6)
+        d_part = add_pointwise(pwc_up, at_centre(x_up[part], plan), out=d[part]).sub_(y2)  # (5): Y1 - Y2
+        difference = d_part.mean((2, 3), keepdim=True, dtype=wide)  # (7)
+        beta1[part] = torch.sigmoid(difference if norm is None else difference * norm[0])  # (8)
+        y2.addcmul_(beta1[part], d_part)  # (9)
+        if norm is not None:
+            y2.add_(norm[1])
+    return y, x_up, x_low, d, beta1
+
+
 class EagerSCConv(torch.autograd.Function):
     """Eq. (1)-(9) from x and the layer's tensors: the group norm's affine, the weights, and `lower`, [PWC2; I]."""
 
     @staticmethod
     def forward(ctx, x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower, plan):
-        squeeze_up, squeeze_low, pwc_up = squeeze_up.flatten(1), squeeze_low.flatten(1), pwc_up.flatten(1)
         x = x.contiguous(memory_format=memory_format_of(x))
-        parts, wide = pieces(x), scale.dtype
-        x_up = empty(x, len(x), len(squeeze_up), *x.shape[2:], dtype=gwc.dtype)
-        x_low = empty(x, len(x), len(squeeze_low), *at_centre(x[:1, :1], plan).shape[2:], dtype=gwc.dtype)
-        for part in parts:
-            up, low = split(*reconstruct(gate(x[part].to(wide), scale, shift, plan), plan), plan.up_channels)
-            pointwise(squeeze_up, up.to(gwc.dtype), out=x_up[part])
-            pointwise(squeeze_low, at_centre(low, plan).to(gwc.dtype), out=x_low[part])
-
-        d = F.conv2d(x_up, gwc, bias, plan.stride, plan.padding, plan.dilation, plan.groups)
-        d = d.contiguous(memory_format=memory_format_of(x))
-        y, beta1 = torch.empty_like(d), d.new_empty(*d.shape[:2], 1, 1)
-        for part in parts:
-            y2 = pointwise(lower, x_low[part], out=y[part])  # (6)
-            d_part = add_pointwise(pwc_up, at_centre(x_up[part], plan), out=d[part]).sub_(y2)  # (5): Y1 - Y2
-            beta1[part] = torch.sigmoid(d_part.mean((2, 3), keepdim=True, dtype=wide))  # (7), (8)
-            y2.addcmul_(beta1[part], d_part)  # (9)
-        ctx.save_for_backward(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, lower, x_up, x_low, d, beta1)
+        weights = squeeze_up, squeeze_low, gwc, pwc_up
+        y, *kept = forward_pass(x, scale, shift, *weights, bias, lower, plan)
+        ctx.save_for_backward(x, scale, shift, *weights, lower, *kept)
         ctx.plan, ctx.has_bias = plan, bias is not None
         return y
 
@@ -225,6 +239,7 @@ class EagerSCConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, lower, x_up, x_low, d, beta1 = ctx.saved_tensors
+        squeeze_up, squeeze_low, pwc_up = squeeze_up.flatten(1), squeeze_low.flatten(1), pwc_up.flatten(1)
         plan, parts, memory_format = ctx.plan, pieces(x), memory_format_of(x)
         g = g.contiguous(memory_format=memory_format)
         g_squeeze_up, g_squeeze_low = torch.zeros_like(squeeze_up), torch.zeros_like(squeeze_low)

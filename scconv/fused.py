@@ -69,30 +69,34 @@ def _is_watched(part: nn.Module) -> bool:
     return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
 
 
-def scconv_forward(sru: "SRU", cru: "CRU", x: Tensor) -> Tensor:
-    """An SRU, then a CRU: what `cru(sru(x))` computes."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+def read_layer(sru: "SRU", cru: "CRU", wide: torch.dtype, dtype: torch.dtype) -> tuple[list[Tensor | None], Plan]:
+    """The layer as the forms below take it: the gate's affine in `wide`, the convolutions' weights in `dtype`."""
     gamma, beta = sru.gn.weight.to(wide), sru.gn.bias.to(wide)
     w_gamma = gamma / gamma.sum()  # (2)
     scale, shift = w_gamma * gamma, w_gamma * beta  # of the gate's group norm
     if sru.gate == "hard":
         scale, shift = scale.detach(), shift.detach()  # they act through a comparison only
+    lower = torch.eye(cru.squeeze_low.out_channels, dtype=dtype, device=scale.device)
+    if cru.pwc_low is not None:
+        lower = torch.cat([cru.pwc_low.weight.flatten(1).to(dtype), lower])  # [PWC2; I]
+    weights = [convolution.weight.to(dtype) for convolution in (cru.squeeze_up, cru.squeeze_low, cru.gwc, cru.pwc_up)]
+    bias = None if cru.gwc.bias is None else cru.gwc.bias.to(dtype)
     plan = Plan(
         sru.gn.num_groups, sru.gn.eps, math.log(sru.gate_threshold / (1 - sru.gate_threshold)), sru.gate == "soft",
         cru.up_channels, cru.stride, cru.padding, cru.dilation, cru.gwc.groups, cru.margin,
     )  # fmt: skip
+    return [scale, shift, *weights, bias, lower], plan
+
+
+def scconv_forward(sru: "SRU", cru: "CRU", x: Tensor) -> Tensor:
+    """An SRU, then a CRU: what `cru(sru(x))` computes."""
     device = x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    lower = torch.eye(cru.squeeze_low.out_channels, dtype=dtype, device=x.device)
-    if cru.pwc_low is not None:
-        lower = torch.cat([cru.pwc_low.weight.flatten(1).to(dtype), lower])  # [PWC2; I]
-    convolutions = cru.squeeze_up, cru.squeeze_low, cru.gwc, cru.pwc_up
-    weights = [convolution.weight.to(dtype) for convolution in convolutions]
-    bias = None if cru.gwc.bias is None else cru.gwc.bias.to(dtype)
+    tensors, plan = read_layer(sru, cru, torch.promote_types(x.dtype, torch.float32), dtype)
     run = choose_form(x, plan)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        return run(x, scale, shift, *weights, bias, lower, plan)
+        return run(x, *tensors, plan)
 
 
 def choose_form(x: Tensor, plan: Plan) -> Callable[..., Tensor]:
@@ -204,8 +208,8 @@ def triton_scconv(x, scale, shift, *rest):
     return transform_and_fuse(up, low, *rest)
 
 
-def transform_and_fuse(up, low, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower, plan):
-    """Eq. (5)-(9), from both halves of X^w."""
+def transform_and_fuse(up, low, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower, plan, norm=None):
+    """Eq. (5)-(9), from both halves of X^w. `norm` is as in `eager.forward_pass`."""
     up, low = split(up, low, plan.up_channels)
     x_up = F.conv2d(up.to(gwc.dtype), squeeze_up)
     x_low = F.conv2d(at_centre(low, plan).to(gwc.dtype), squeeze_low)
@@ -215,5 +219,7 @@ def transform_and_fuse(up, low, squeeze_up, squeeze_low, gwc, pwc_up, bias, lowe
     wide = torch.promote_types(y1.dtype, torch.float32)
     s1 = y1.mean((2, 3), dtype=wide)  # (7)
     s2 = x_low.mean((2, 3), dtype=wide) @ lower.to(wide).t()  # the mean of Y2: averaging is linear
-    beta1 = torch.sigmoid(s1 - s2)[:, :, None, None].to(y1.dtype)  # (8)
-    return y2 + beta1 * (y1 - y2)  # (9)
+    difference = (s1 - s2)[:, :, None, None]
+    beta1 = torch.sigmoid(difference if norm is None else difference * norm[0]).to(y1.dtype)  # (8)
+    y = y2 + beta1 * (y1 - y2)  # (9)
+    return y if norm is None else y + norm[1]
