@@ -157,7 +157,7 @@ def gate_statistics(sru: SRU, x: Tensor) -> dict[str, Tensor | float]:
 
     Returns a dict of `informative` (C,), the share of each channel's weights above the threshold; `distance`, that of
     sigmoid(z) from 0.5 on average; `w_gamma` (C,), w_i of Eq. (2); `gamma_sign` (C,), -1, 0 or 1; `zeros_informative`
-    and `zeros_non_informative`, the share of exact zeros of x, which a weight does not change, in either (NaN if empty).
+    and `zeros_non_informative`, the share of exact zeros of x, which a weight does not change, in either (NaN: none).
     """
     informative = sru.gate_weights(_check_features(x))[0] == 1  # W1 is 1 above the threshold, with either gate
     zero, gamma = x == 0, sru.gn.weight
