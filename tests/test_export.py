@@ -1,7 +1,7 @@
 """What is exported computes the same: by torch.export, and by ONNX in onnxruntime, for the four networks.
 
 The gate of an SRU is a step (Eq. 3). Where a value meets the threshold to the last digit, another order of additions
-decides otherwise, and the logits of that image move by up to a few percent: between float32 and float64 of the same
+decides otherwise, and the logits of that image move by a percent or so: between float32 and float64 of the same
 network too, without any export. So most images must agree to rounding, and no image may be far away.
 """
 
