@@ -40,7 +40,7 @@ def test_its_commands_are_there(command):
 
 def test_arguments_are_answered_in_one_line(capsys):
     assert main(["nonsense"]) == 2
-    assert capsys.readouterr().err == "scconv: nonsense: nothing is taken here; see python -m scconv\n"
+    assert capsys.readouterr().err == "scconv: nonsense: takes no arguments; python -m scconv lists what is here\n"
 
 
 @pytest.fixture(scope="module")
