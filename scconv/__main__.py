@@ -15,7 +15,8 @@ COMMANDS = {
 
 def main(arguments: list[str]) -> int:
     if arguments not in ([], ["--help"], ["-h"]):
-        print(f"scconv: {' '.join(arguments)}: takes no arguments; python -m scconv lists what is here", file=sys.stderr)
+        wrong = " ".join(arguments)
+        print(f"scconv: {wrong}: takes no arguments; python -m scconv lists what is here", file=sys.stderr)
         return 2
     weights = [f"{network}, weights={name!r}" for network, names in CIFAR100["networks"].items() for name in names]
     print(f"scconv {__version__}: SCConv (CVPR 2023), reproduced in PyTorch")
