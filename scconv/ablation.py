@@ -34,7 +34,7 @@ def ablated(
     - `"channel"`: at random, as many in each image and channel.
     - `"nonzero"`: at random among the x ≠ 0, as many x ≠ 0 in each image and channel. (Behind a ReLU many
       non-informative positions are 0, and cost nothing.)
-    - `"smallest"`: as many x ≠ 0 in each image, those of the smallest |x| over all channels: a threshold, no gate.
+    - `"smallest"`: as many x ≠ 0 in each image, those of the smallest size over all channels: a threshold, no gate.
 
     `layers` are names of SRUs, None means all. `seed` is that of the random controls, drawn batch by batch.
 

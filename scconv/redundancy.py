@@ -142,7 +142,8 @@ def gram(features: Tensor, unbiased: bool = True) -> Tensor:
 
 
 def cka(gram_a: Tensor, gram_b: Tensor) -> float:
-    """Linear CKA, the cosine of two `gram`s of the same N images: 1 for a rotation and a scale, 0 for no relation."""
+    """Linear CKA, the cosine of two `gram` matrices of the same N images: 1 for a rotation and a scale, 0 for no
+    relation."""
     return ((gram_a * gram_b).sum() / (gram_a.norm() * gram_b.norm())).item()
 
 
@@ -155,9 +156,9 @@ def linear_cka(a: Tensor, b: Tensor, unbiased: bool = True) -> float:
 def gate_statistics(sru: SRU, x: Tensor) -> dict[str, Tensor | float]:
     """What the gate of Eq. (2) and (3) does with the SRU's input x, (N, C, H, W).
 
-    Returns a dict of `informative` (C,), the share of each channel's weights above the threshold; `distance`, the mean
-    |sigmoid(z) - 0.5|; `w_gamma` (C,), w_i of Eq. (2); `gamma_sign` (C,), -1, 0 or 1; `zeros_informative` and
-    `zeros_non_informative`, the share of exact zeros of x, which a weight does not change, in either (NaN if empty).
+    Returns a dict of `informative` (C,), the share of each channel's weights above the threshold; `distance`, that of
+    sigmoid(z) from 0.5 on average; `w_gamma` (C,), w_i of Eq. (2); `gamma_sign` (C,), -1, 0 or 1; `zeros_informative`
+    and `zeros_non_informative`, the share of exact zeros of x, which a weight does not change, in either (NaN: none).
     """
     informative = sru.gate_weights(_check_features(x))[0] == 1  # W1 is 1 above the threshold, with either gate
     zero, gamma = x == 0, sru.gn.weight

@@ -18,11 +18,6 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def bootstrap(notebook):
-    """The cell that fetches the repository on Colab, or None."""
-    return next((cell.source for cell in code_cells(notebook) if "google.colab" in cell.source), None)
-
-
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -58,8 +53,3 @@ def test_setup_cell_sets_the_quick_tier(path):
 def test_takes_its_layers_from_the_package(path):
     pasted = [line for cell in code_cells(read(path)) for line in cell.source.splitlines() if LAYER.match(line)]
     assert not pasted, f"a layer is defined in the notebook; it belongs in scconv/: {pasted[0]}"
-
-
-def test_all_fetch_the_repository_in_the_same_way():
-    texts = {text for text in map(bootstrap, map(read, NOTEBOOKS)) if text}
-    assert len(texts) <= 1, "the notebooks' cells for Colab differ"

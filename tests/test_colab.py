@@ -1,0 +1,186 @@
+"""Colab's cell: the same in all notebooks, nothing outside Colab, and with it a notebook runs in a simulated Colab.
+
+The simulation: a kernel whose Python has everything that is installed here but this package, a `google.colab` that is
+imported before the first cell, as there, an empty working folder, and a repository to clone at a local address.
+"""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+import venv
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "book"))
+
+import colab  # noqa: E402
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """An empty working folder, on no particular machine; `sys.path` is put back afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delenv("SCCONV_REPOSITORY_URL", raising=False)
+    monkeypatch.delitem(sys.modules, "google.colab", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The commands that the cell would run."""
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    return commands
+
+
+@pytest.mark.parametrize("path", colab.NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_notebook_begins_with_the_cell(path):
+    cells = code_cells(read(path))
+    assert [colab.is_bootstrap(cell) for cell in cells] == [True] + [False] * (len(cells) - 1)
+    same = colab.ADDRESS.sub('REPOSITORY = ""', cells[0].source)
+    assert same == colab.CELL, f"{path.name}: write the cell anew with `python book/colab.py`"
+
+
+def test_all_notebooks_have_one_address():
+    assert len({colab.read_address(read(path)) for path in colab.NOTEBOOKS}) == 1
+
+
+def test_writes_an_address_and_keeps_it(tmp_path):
+    path = shutil.copy(colab.NOTEBOOKS[0], tmp_path)
+    before = read(path)
+    colab.write_cell(path, "https://github.com/a/b")
+    assert colab.read_address(read(path)) == "https://github.com/a/b"
+    colab.write_cell(path)
+    assert colab.read_address(read(path)) == "https://github.com/a/b"
+    colab.write_cell(path, colab.read_address(before))
+    assert read(path) == before
+
+
+@pytest.mark.parametrize("address", ["nonsense", "", 'https://x.org/"; import os', "git@github.com:a/b.git"])
+def test_a_bad_address_is_answered_in_one_line(address):
+    with pytest.raises(SystemExit, match=r"book/colab.py .*: must be one address") as error:
+        colab.main([address])
+    assert "\n" not in str(error.value)
+
+
+def test_does_nothing_elsewhere(here, calls):
+    path = [*sys.path]
+    exec(colab.CELL, {})
+    assert (calls, sys.path, list(here.iterdir())) == ([], path, [])
+
+
+def test_without_an_address_it_says_so(here, calls, monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    with pytest.raises(ValueError, match="REPOSITORY is empty: write there whose notebook this is"):
+        exec(colab.CELL, {})
+    assert calls == []
+
+
+@pytest.mark.parametrize("lacks", [[], ["captum"], ["captum", "torchinfo"]])
+def test_installs_only_what_is_not_there(here, calls, monkeypatch, lacks):
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in lacks else name)
+    exec(colab.ADDRESS.sub('REPOSITORY = "https://github.com/a/b"', colab.CELL), {})
+    assert calls[0] == ["git", "clone", "--quiet", "--depth", "1", "https://github.com/a/b", "scconv-book"]
+    assert [command[-len(lacks) :] for command in calls[1:]] == ([lacks] if lacks else [])
+    assert sys.path[0] == str(here / "scconv-book")
+
+
+# ---- a simulated Colab ---------------------------------------------------------------------------------------------
+
+
+def repository(folder: Path) -> str:
+    """The address of a git repository with these files, committed or not."""
+    for name in ("scconv", "results"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    git = ["git", "-C", str(folder), "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", "init", "--quiet", str(folder)], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "--quiet", "-m", "as it is"], check=True)
+    return folder.as_uri()
+
+
+def installed_without_scconv(folder: Path) -> Path:
+    """A folder of links to all that is installed in this environment, but not to this package."""
+    folder.mkdir()
+    places = {str(importlib.metadata.distribution(name).locate_file("")) for name in ("torch", "ipykernel", "pytest")}
+    for place in places:
+        for found in Path(place).iterdir():
+            if "scconv" not in found.name and not (folder / found.name).exists() and found.suffix != ".pth":
+                (folder / found.name).symlink_to(found)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """Runs a notebook as Colab would: `machine(notebook)`."""
+    folder = tmp_path_factory.mktemp("colab")
+    address = repository(folder / "repository")
+    (folder / "fake" / "google" / "colab").mkdir(parents=True)
+    (folder / "fake" / "google" / "colab" / "__init__.py").touch()
+    venv.create(folder / "venv", symlinks=True)  # without pip
+    (packages,) = folder.glob("venv/lib/python*/site-packages")
+    links = installed_without_scconv(folder / "installed")
+    (packages / "colab.pth").write_text(f"{links}\n{folder / 'fake'}\n")
+    startup = folder / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "colab.py").write_text("import google.colab\n")
+    kernel = folder / "jupyter" / "kernels" / "colab"
+    kernel.mkdir(parents=True)
+    python = str(folder / "venv" / "bin" / "python")
+    argv = [python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Colab", "language": "python"}))
+
+    ours = ("PYTHON", "SCCONV_", "VIRTUAL_ENV")
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    environ |= {"SCCONV_REPOSITORY_URL": address, "IPYTHONDIR": str(folder / "ipython"), "HOME": str(folder)}
+
+    def run(notebook):
+        content = folder / "content"
+        shutil.rmtree(content, ignore_errors=True)
+        content.mkdir()
+        probe = nbformat.v4.new_code_cell(
+            'import importlib.util\nprint("before", importlib.util.find_spec("scconv") is not None)'
+        )
+        where = nbformat.v4.new_code_cell('import scconv\nprint("from", scconv.__file__)')
+        notebook.cells = [probe, *notebook.cells, where]
+        client = NotebookClient(
+            notebook, kernel_name="colab", timeout=300, resources={"metadata": {"path": str(content)}}
+        )
+        client.execute(env=environ)
+        assert notebook.cells[0].outputs[0].text == "before False\n"
+        assert notebook.cells[-1].outputs[0].text == f"from {content / 'scconv-book' / 'scconv' / '__init__.py'}\n"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
+        yield run
+
+
+def test_a_notebook_runs_through_on_colab(machine):
+    machine(read(ROOT / "notebooks" / "03_cru.ipynb"))  # the quickest
+
+
+def test_every_notebook_gets_past_its_setup_on_colab(machine):
+    """All of them in one kernel, to save time: the cell for Colab, then each one's setup."""
+    notebooks = [code_cells(read(path)) for path in colab.NOTEBOOKS]
+    setups = [next(cell for cell in cells if 'TIER = "quick"' in cell.source) for cells in notebooks]
+    for number, setup in enumerate(setups):
+        setup.id = str(number)  # all of them are called "setup"
+    machine(nbformat.v4.new_notebook(cells=[notebooks[0][0], *setups]))

@@ -1,0 +1,79 @@
+"""`python -m scconv` says what is here, and the package works from its wheel, away from this folder."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from scconv.__main__ import COMMANDS, main
+from scconv.models import build_model, model_names
+from scconv.pretrained import CIFAR100
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_lists_networks_weights_and_commands(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    bases, _, orders = printed.partition("and, but for the last, each with one of ")
+    bases = bases.splitlines()[-2].split()
+    orders = orders.partition(" before its name")[0].split()
+    assert {*bases, *(order + base for order in orders for base in bases[:-1])} == set(model_names())
+    shipped = [(network, name) for network, names in CIFAR100["networks"].items() for name in names]
+    assert shipped
+    for network, name in shipped:
+        assert f"\n  {network}, weights={name!r}\n" in printed
+        build_model(network, weights=name)
+    assert len(printed.splitlines()) < 25
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_its_commands_are_there(command):
+    modules = command.split()[1:]
+    helped = subprocess.run([sys.executable, *modules, "--help"], capture_output=True, text=True, check=True)
+    assert helped.stdout.startswith(f"usage: {command} ")
+
+
+def test_arguments_are_answered_in_one_line(capsys):
+    assert main(["nonsense"]) == 2
+    assert capsys.readouterr().err == "scconv: nonsense: takes no arguments; python -m scconv lists what is here\n"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel that `pip install .` would install, built as it is there but without network."""
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "scconv", folder / "scconv", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*build, "--wheel-dir", folder / "wheels", folder], check=True)
+    (path,) = folder.glob("wheels/*.whl")
+    return path
+
+
+def test_wheel_holds_every_file_of_the_package(wheel):
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("scconv/")}
+    here = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("scconv/**/*") if path.is_file()}
+    assert packed == {name for name in here if "__pycache__" not in name}
+    assert {"scconv/py.typed", "scconv/weights/cifar100.json"} <= packed
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if not name.startswith("scconv")]
+
+
+def test_installed_package_loads_its_weights_elsewhere(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    script = """\
+import scconv, torch
+from scconv.models import build_model
+print(scconv.__file__)
+print(tuple(build_model("scconv_resnet20", weights="cifar100").eval()(torch.zeros(1, 3, 32, 32)).shape))
+"""
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environ, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.splitlines() == [str(tmp_path / "installed" / "scconv" / "__init__.py"), "(1, 100)"]
