@@ -1,4 +1,4 @@
-"""What a page says of itself to those who link to it: a description and Open Graph's tags.
+"""A page's head: what it says of itself to those who link to it, and no script that it does not use.
 
 The book's public address is SCCONV_SITE_URL, else where GitHub Pages puts the repository. Where neither is known, the
 tags that need one are left out.
@@ -11,7 +11,7 @@ from textwrap import shorten
 from docutils import nodes
 
 PREVIEW = "_static/preview.png"
-PREVIEW_ALT = "SCConv, reproduced: two inputs are added crosswise"
+PREVIEW_ALT = "SCConv, reproduced. From the paper's equations to trained networks: a book that runs."
 
 
 def site_url(environ, repository: str) -> str:
@@ -51,7 +51,14 @@ def add_tags(app, pagename, templatename, context, doctree):
     context["metatags"] += "\n".join(lines) + "\n"
 
 
+def drop_thebe(app, pagename, templatename, context, doctree):
+    """Jupyter Book puts a button's code on each page, in two copies that collide. We do not have the button."""
+    files = context["script_files"]
+    context["script_files"] = [f for f in files if "thebe" not in f"{f.filename} {f.attributes.get('body')}".lower()]
+
+
 def setup(app):
     app.connect("config-inited", set_site_url, priority=600)  # scconv_book finds the repository at 500
     app.connect("html-page-context", add_tags)
+    app.connect("html-page-context", drop_thebe, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
