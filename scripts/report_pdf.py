@@ -37,7 +37,7 @@ def print_report(site: Path, chromium: str) -> Path:
         page.goto(page_file.resolve().as_uri())
         page.evaluate(READY)
         page.pdf(
-            path=pdf_file, format="A4", margin=MARGIN, tagged=True, outline=True,
+            path=pdf_file, format="A4", scale=0.8, margin=MARGIN, tagged=True, outline=True,
             display_header_footer=True, header_template="<span></span>", footer_template=NUMBER,
         )  # fmt: skip
         browser.close()
