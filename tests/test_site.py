@@ -33,6 +33,8 @@ LOOK = """async () => {
         formulas: all(".math").length,
         not_set: all(".math").filter(e => !e.querySelector("mjx-container") || e.querySelector("mjx-merror"))
             .map(e => e.textContent.slice(0, 100)),
+        untitled: all("article thead").filter(e => e.textContent.trim() && !e.getClientRects().length)
+            .filter(e => !e.closest(".toggle-hidden")).map(e => e.textContent.trim().slice(0, 100)),
         images: all("img").map(e => [e.getAttribute("src"), e.alt, e.naturalWidth]),
         links: all("a[href]").map(e => e.href),
         ids: all("[id]").map(e => e.id),
@@ -137,6 +139,10 @@ def test_nothing_is_wider_than_the_page(visits):
     widths = {f"{size} {path.name}": visit["width"] for (size, path), visit in visits.items()}
     assert not {name: width for name, width in widths.items() if width > SIZES[name.split()[0]]["width"]}
     assert not everywhere(visits, lambda visit: visit["wide"])
+
+
+def test_tables_show_their_titles(visits):
+    assert not everywhere(visits, lambda visit: visit["untitled"])
 
 
 def test_images_are_there_and_say_what_they_show(visits):
