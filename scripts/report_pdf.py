@@ -11,7 +11,10 @@ from playwright.sync_api import sync_playwright
 
 MARK = "<!-- report.pdf -->"  # in book/report.md
 LINK = '<p class="d-print-none"><a href="../report.pdf">This page as a PDF</a></p>'
-NUMBER = '<div style="width: 100%; text-align: center; font: 8pt sans-serif"><span class="pageNumber"></span></div>'
+FOOT = (
+    '<div style="width: 100%; padding: 0 20mm; display: flex; justify-content: space-between; font: 8pt sans-serif">'
+    '<span class="title"></span><span class="pageNumber"></span></div>'
+)
 MARGIN = {"top": "18mm", "bottom": "20mm", "left": "20mm", "right": "20mm"}
 
 # Links to other pages go to the published book. Where its address is not known they become plain text: a path of the
@@ -38,7 +41,7 @@ def print_report(site: Path, chromium: str) -> Path:
         page.evaluate(READY)
         page.pdf(
             path=pdf_file, format="A4", scale=0.8, margin=MARGIN, tagged=True, outline=True,
-            display_header_footer=True, header_template="<span></span>", footer_template=NUMBER,
+            display_header_footer=True, header_template="<span></span>", footer_template=FOOT,
         )  # fmt: skip
         browser.close()
     page_file.write_text(page_file.read_text(encoding="utf-8").replace(MARK, LINK), encoding="utf-8")
