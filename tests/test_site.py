@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
+from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parents[1]
 SITE = Path(os.environ.get("SCCONV_SITE") or ROOT / "_build" / "html").resolve()
@@ -56,8 +57,7 @@ pytestmark = pytest.mark.skipif(bool(missing()) and "SCCONV_SITE" not in os.envi
 @pytest.fixture(scope="module")
 def browser():
     assert not missing(), missing()
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as p:
+    with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)  # without a sandbox, Playwright's default
         yield browser
         browser.close()
@@ -87,7 +87,38 @@ def visits(browser):
             page.wait_for_load_state("networkidle")  # leaving earlier would cut requests short
             found[size, path] = page.evaluate(LOOK) | {"seen": list(seen)}
         page.close()
+    if os.environ.get("SCCONV_RECORD") == "1":
+        text = json.dumps(summarise(found, browser.version), indent=1, ensure_ascii=False) + "\n"
+        (ROOT / "results" / "site.json").write_text(text, encoding="utf-8")
     return found
+
+
+def summarise(visits, version: str) -> dict:
+    """What results/site.json holds."""
+    once = [visit for (size, _), visit in visits.items() if size == "desktop"]
+
+    def total(question):
+        return sum(len(question(visit)) for visit in visits.values())
+
+    pdf = SITE / "report.pdf"
+    return {
+        "browser": f"Chromium {version}",
+        "sizes": [f"{size['width']} × {size['height']}" for size in SIZES.values()],
+        "pages": len(once),
+        "visits": len(visits),
+        "requests": total(of_kind("request")),
+        "requests_failed": total(of_kind("failed")),
+        "requests_to_other_sites": total(outside),
+        "console_errors": total(of_kind("error")),
+        "formulas": sum(visit["formulas"] for visit in once),
+        "formulas_not_set": total(lambda visit: visit["not_set"]),
+        "images": sum(len(visit["images"]) for visit in once),
+        "images_without_text": total(without_text),
+        "parts_wider_than_the_page": total(lambda visit: visit["wide"]),
+        "links_inside": sum(link.startswith(SITE.as_uri()) for visit in once for link in visit["links"]),
+        "links_broken": len(broken_links(visits)),
+        "report_pdf_pages": len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes())) if pdf.is_file() else None,
+    }
 
 
 def everywhere(visits, question) -> dict:
@@ -102,6 +133,11 @@ def of_kind(kind):
 
 def outside(visit):
     return [url for url in of_kind("request")(visit) if not url.startswith((SITE.as_uri(), "data:", "blob:"))]
+
+
+def without_text(visit):
+    """Images without alternative text. The logo beside the book's title has none: it would only repeat the title."""
+    return [src for src, alt, _ in visit["images"] if not alt and "logo" not in src]
 
 
 def broken_links(visits) -> list[str]:
@@ -147,8 +183,7 @@ def test_tables_show_their_titles(visits):
 
 def test_images_are_there_and_say_what_they_show(visits):
     assert not everywhere(visits, lambda visit: [src for src, _, width in visit["images"] if not width])
-    # A logo beside the book's title has none, since it would only repeat the title.
-    assert not everywhere(visits, lambda v: [src for src, alt, _ in v["images"] if not alt and "logo" not in src])
+    assert not everywhere(visits, without_text)
 
 
 def test_links_lead_somewhere(visits):
@@ -196,31 +231,3 @@ def test_pages_follow_one_another(visits):
         at = (at.parent / onward[1]).resolve() if onward else None
     pages = {path for _, path in visits} - {SITE / name for name in ("search.html", "genindex.html")}
     assert set(passed) == pages
-
-
-@pytest.mark.skipif(os.environ.get("SCCONV_RECORD") != "1", reason="SCCONV_RECORD=1 writes results/site.json")
-def test_record(visits, browser):
-    def total(question):
-        return sum(len(question(visit)) for visit in visits.values())
-
-    pdf = SITE / "report.pdf"
-    found = {
-        "browser": f"Chromium {browser.version}",
-        "sizes": [f"{size['width']} × {size['height']}" for size in SIZES.values()],
-        "pages": len({path for _, path in visits}),
-        "visits": len(visits),
-        "requests": total(of_kind("request")),
-        "requests_failed": total(of_kind("failed")),
-        "requests_to_other_sites": total(outside),
-        "console_errors": total(of_kind("error")),
-        "formulas": sum(visit["formulas"] for (size, _), visit in visits.items() if size == "desktop"),
-        "formulas_not_set": total(lambda visit: visit["not_set"]),
-        "images": sum(len(visit["images"]) for (size, _), visit in visits.items() if size == "desktop"),
-        "images_without_text": total(lambda v: [src for src, alt, _ in v["images"] if not alt and "logo" not in src]),
-        "parts_wider_than_the_page": total(lambda visit: visit["wide"]),
-        "links_inside": len({link for visit in visits.values() for link in visit["links"] if link.startswith("file:")}),
-        "links_broken": len(broken_links(visits)),
-        "report_pdf_pages": len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes())) if pdf.is_file() else None,
-    }
-    text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
-    (ROOT / "results" / "site.json").write_text(text, encoding="utf-8")
