@@ -20,7 +20,7 @@ MARGIN = {"top": "18mm", "bottom": "20mm", "left": "20mm", "right": "20mm"}
 # Links to other pages go to the published book. Where its address is not known they become plain text: a path of the
 # machine that printed the PDF would lead nowhere.
 READY = """async () => {
-    await MathJax.startup.promise;
+    await window.MathJax?.startup.promise;
     await document.fonts.ready;
     const published = document.querySelector("link[rel=canonical]")?.href;
     for (const link of document.querySelectorAll("a[href]")) {

@@ -231,3 +231,10 @@ def test_pages_follow_one_another(visits):
         at = (at.parent / onward[1]).resolve() if onward else None
     pages = {path for _, path in visits} - {SITE / name for name in ("search.html", "genindex.html")}
     assert set(passed) == pages
+
+
+def test_chapters_have_the_numbers_of_their_files():
+    for path in (SITE / "notebooks").glob("*.html"):
+        title = re.search(r"<title>(\d+)\. ", path.read_text(encoding="utf-8"))
+        assert title, f"{path.name} is not in a numbered part of _toc.yml"
+        assert int(title[1]) == int(path.name[:2]), path.name
