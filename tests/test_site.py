@@ -234,7 +234,9 @@ def test_pages_follow_one_another(visits):
 
 
 def test_chapters_have_the_numbers_of_their_files():
-    for path in (SITE / "notebooks").glob("*.html"):
+    chapters = list((SITE / "notebooks").glob("*.html"))
+    assert chapters, missing()
+    for path in chapters:
         title = re.search(r"<title>(\d+)\. ", path.read_text(encoding="utf-8"))
         assert title, f"{path.name} is not in a numbered part of _toc.yml"
         assert int(title[1]) == int(path.name[:2]), path.name
