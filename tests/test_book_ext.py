@@ -12,6 +12,7 @@ EXTENSION = Path(__file__).parents[1] / "book" / "_ext"
 sys.path.insert(0, str(EXTENSION))
 
 from scconv_book import look_up, repository_url, show  # noqa: E402
+from scconv_site import site_url  # noqa: E402
 from sphinx.testing.util import SphinxTestApp  # noqa: E402
 
 ROWS = [
@@ -152,3 +153,35 @@ def test_look_up_and_show():
 )
 def test_repository_url(environ, remote, url):
     assert repository_url(environ, remote) == url
+
+
+@pytest.mark.parametrize(
+    ("environ", "repository", "url"),
+    [
+        ({"SCCONV_SITE_URL": "https://example.org/book"}, "https://github.com/a/b", "https://example.org/book/"),
+        ({}, "https://github.com/Owner/name", "https://owner.github.io/name/"),
+        ({}, "https://example.org/owner/name", ""),
+        ({}, "", ""),
+    ],
+    ids=["by hand", "Pages", "elsewhere", "unknown"],
+)
+def test_site_url(environ, repository, url):
+    assert site_url(environ, repository) == url
+
+
+@pytest.mark.parametrize("address", ["https://example.org/book/", ""])
+def test_a_page_says_what_it_is(book, monkeypatch, address):
+    monkeypatch.setenv("SCCONV_SITE_URL", address)
+    (book.folder / "conf.py").write_text(
+        'extensions = ["myst_parser", "scconv_site"]\nhtml_theme = "alabaster"\nhtml_title = "Book"\n'
+        'html_theme_options = {"repository_url": ""}\n'
+    )
+    (book.folder / "index.md").write_text('# Cause & effect\n\n> Not this.\n\nIts *first* paragraph.\n\nIts second.\n')
+    app = SphinxTestApp("html", book.folder)
+    app.build()
+    app.cleanup()
+    html = (book.folder / "_build" / "html" / "index.html").read_text()
+    assert '<meta property="og:title" content="Cause &amp; effect" />' in html
+    assert '<meta property="og:description" content="Its first paragraph." />' in html
+    image = f'<meta property="og:image" content="{address}_static/preview.png" />'
+    assert (image in html) == bool(address)  # an image without an address would lead nowhere
