@@ -11,6 +11,7 @@ moment of the machine hits both. The table shows medians; the file that is writt
     popular  the popular implementation's order of operations (popular.py)
     plain    the text of scconv/layers.py, operator by operator
     scconv   what runs when nothing is said
+    kernels  the same with the SRU in Triton, on CUDA
     floor    the network without its 3×3s: nothing in their place, or an average pool where they are strided
 
 A form with "+compile" is the same under torch.compile.
@@ -36,9 +37,8 @@ from counts import Traffic, saved_bytes
 from popular import PopularSCConv, make_popular
 from torch import Tensor, nn
 
-from scconv import SCConv
+from scconv import SCConv, fused
 from scconv.files import atomic_file, checksum
-from scconv.fused import plain
 from scconv.machine import device_name, find_commit
 from scconv.models import build_model
 from scconv.record import RESULTS
@@ -49,8 +49,8 @@ FORMS = {
     "layer": [BASE, "popular", "plain", "scconv", "popular+compile", "plain+compile", "scconv+compile"],
     "network": [BASE, "floor", "popular", "plain", "scconv"]
     + [f"{form}+compile" for form in (BASE, "popular", "plain", "scconv")],
-    "memory": [BASE, "popular", "plain", "scconv", "popular+compile", "plain+compile", "scconv+compile"],
 }
+FORMS["memory"] = FORMS["layer"]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # With glibc's defaults freed memory goes back to the system, and page faults on the next use drown what is measured.
 ALLOCATOR = {
@@ -73,7 +73,7 @@ def build_network(form: str, channels: int, arguments: argparse.Namespace) -> nn
     common = {"num_classes": 100, "small_images": True}
     if kind == "popular":
         return make_popular(build_model(arguments.network, **common, fusion="global", bias=True))
-    if kind in ("plain", "scconv"):
+    if kind in ("plain", "scconv", "kernels"):
         return build_model(arguments.network, **common)
     model = build_model(arguments.network.removeprefix("scconv_"), **common)
     if kind == "floor":
@@ -109,7 +109,12 @@ def dtype_of(arguments: argparse.Namespace) -> torch.dtype:
 def conditions(form: str, arguments: argparse.Namespace) -> Iterator[None]:
     lower = arguments.what == "network" and arguments.dtype != "float32"
     autocast = torch.autocast(arguments.device, getattr(torch, arguments.dtype)) if lower else nullcontext()
-    with autocast, plain() if form.startswith("plain") else nullcontext():
+    path = nullcontext()
+    if form.startswith("plain"):
+        path = fused.plain()
+    elif form == "kernels":
+        path = fused.triton_kernels()
+    with autocast, path:
         yield
 
 
@@ -259,10 +264,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS / "benchmark", help="a folder, or a file's name in .json")
     arguments = parser.parse_args(argv)
     what, quick = arguments.what, arguments.quick
-    arguments.forms = arguments.forms or [form for form in FORMS[what] if not (quick and form.endswith("+compile"))]
-    unknown = set(arguments.forms) - set(FORMS[what])
-    if unknown or BASE not in arguments.forms:
-        parser.error(f"--forms {' '.join(arguments.forms)}: must be {BASE} and some of {', '.join(FORMS[what][1:])}")
+    known = FORMS[what] + ["kernels"] * (arguments.device == "cuda")
+    arguments.forms = arguments.forms or [form for form in known if not (quick and form.endswith("+compile"))]
+    if BASE not in arguments.forms or not set(arguments.forms) <= set(known):
+        parser.error(f"--forms {' '.join(arguments.forms)}: must be {BASE} and some of {', '.join(known[1:])}")
     formats = ["channels_last"] if what == "network" else ["contiguous"] if what == "memory" else list(FORMATS)
     arguments.memory_formats = arguments.memory_formats or formats
     arguments.rounds = arguments.rounds or (3 if quick else 15 if what == "network" else 30)
@@ -333,7 +338,8 @@ def main() -> None:
     }  # fmt: skip
     path = arguments.out
     if path.suffix != ".json":
-        path = path / f"{arguments.what}-{arguments.device}-{arguments.dtype}.json"
+        threads = f"-{arguments.threads}threads" if arguments.threads > 1 else ""
+        path = path / f"{arguments.what}-{arguments.device}-{arguments.dtype}{threads}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         content["sha256"] = checksum(content)
