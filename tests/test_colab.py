@@ -108,7 +108,7 @@ def test_installs_only_what_is_not_there(here, calls, monkeypatch, lacks):
 
 def repository(folder: Path) -> str:
     """The address of a git repository with these files, committed or not."""
-    for name in ("scconv", "results"):
+    for name in ("scconv", "results", "benchmark"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     git = ["git", "-C", str(folder), "-c", "user.name=test", "-c", "user.email=test@example.org"]
     subprocess.run(["git", "init", "--quiet", str(folder)], check=True)
