@@ -212,14 +212,40 @@ def transform_and_fuse(up, low, squeeze_up, squeeze_low, gwc, pwc_up, bias, lowe
     """Eq. (5)-(9), from both halves of X^w. `norm` is as in `eager.forward_pass`."""
     up, low = split(up, low, plan.up_channels)
     x_up = F.conv2d(up.to(gwc.dtype), squeeze_up)
-    x_low = F.conv2d(at_centre(low, plan).to(gwc.dtype), squeeze_low)
+    low = at_centre(low, plan).to(gwc.dtype)
+    wide = torch.promote_types(gwc.dtype, torch.float32)
+    squeezed = lower.to(wide) @ squeeze_low.flatten(1).to(wide)  # two 1×1 convolutions as one
     y1 = F.conv2d(x_up, gwc, bias, plan.stride, plan.padding, plan.dilation, plan.groups)
     y1 = y1 + F.conv2d(at_centre(x_up, plan), pwc_up)  # (5)
-    y2 = F.conv2d(x_low, lower[:, :, None, None])  # (6)
-    wide = torch.promote_types(y1.dtype, torch.float32)
-    s1 = y1.mean((2, 3), dtype=wide)  # (7)
-    s2 = x_low.mean((2, 3), dtype=wide) @ lower.to(wide).t()  # the mean of Y2: averaging is linear
+    y2 = F.conv2d(low, squeezed[:, :, None, None].to(gwc.dtype))  # (6)
+    s1 = mean_y1(y1, x_up, gwc, pwc_up, bias, plan)  # (7)
+    s2 = low.mean((2, 3), dtype=wide) @ squeezed.t()  # the mean of Y2: averaging is linear
     difference = (s1 - s2)[:, :, None, None]
     beta1 = torch.sigmoid(difference if norm is None else difference * norm[0]).to(y1.dtype)  # (8)
     y = y2 + beta1 * (y1 - y2)  # (9)
     return y if norm is None else y + norm[1]
+
+
+def mean_y1(y1, x_up, gwc, pwc_up, bias, plan):
+    """S1 of Eq. (7), (N, C2)."""
+    wide = torch.promote_types(y1.dtype, torch.float32)
+    small = plan.padding == plan.stride == plan.dilation == (1, 1) and gwc.shape[2:] == (3, 3)
+    if torch.is_grad_enabled() or not small:
+        return y1.mean((2, 3), dtype=wide)
+    # From X_up, a quarter of Y1's size, so that Y1 need not be whole before β1 is known. Each of the kernel's nine
+    # places sees all positions but a row or a column at the border. In training the way back costs what this saves.
+    x = x_up.to(wide)
+    everything, nothing = x.sum((2, 3)), torch.zeros_like(x[:, :, 0, 0])
+    without_row = x[:, :, -1].sum(2), nothing, x[:, :, 0].sum(2)  # above, in the middle, below
+    without_column = x[:, :, :, -1].sum(2), nothing, x[:, :, :, 0].sum(2)
+    corners = (
+        (x[:, :, -1, -1], nothing, x[:, :, -1, 0]),
+        (nothing, nothing, nothing),
+        (x[:, :, 0, -1], nothing, x[:, :, 0, 0]),
+    )  # taken away twice
+    seen = [everything - without_row[i] - without_column[j] + corners[i][j] for i in range(3) for j in range(3)]
+    seen = torch.stack(seen, dim=2).unflatten(1, (plan.groups, -1)).flatten(2)  # (N, g, αC1/(r g) · 9)
+    weight = gwc.to(wide).flatten(1).unflatten(0, (plan.groups, -1))  # (g, C2/g, αC1/(r g) · 9)
+    total = torch.einsum("ngk,gck->ngc", seen, weight).flatten(1) + everything @ pwc_up.to(wide).flatten(1).t()
+    mean = total / x[0, 0].numel()
+    return mean if bias is None else mean + bias.to(wide)
