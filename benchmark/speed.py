@@ -48,7 +48,7 @@ BASE = "3x3"
 FORMS = {
     "layer": [BASE, "popular", "plain", "scconv", "popular+compile", "plain+compile", "scconv+compile"],
     "network": [BASE, "floor", "popular", "plain", "scconv"]
-    + [f"{form}+compile" for form in (BASE, "popular", "plain", "scconv")],
+    + [f"{form}+compile" for form in (BASE, "floor", "popular", "plain", "scconv")],
 }
 FORMS["memory"] = FORMS["layer"]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
