@@ -12,9 +12,10 @@ moment of the machine hits both. The table shows medians; the file that is writt
     plain    the text of scconv/layers.py, operator by operator
     scconv   what runs when nothing is said
     kernels  the same with the SRU in Triton, on CUDA
-    floor    the network without its 3×3s: nothing in their place, or an average pool where they are strided
+    floor    the network without the 3×3s that keep the width: nothing, or an average pool of their stride, instead
 
-A form with "+compile" is the same under torch.compile.
+A form with "+compile" is the same under torch.compile. One with "+folded" has its batch norms folded into the layers
+before them, by scconv.inference; that is for inference in a network.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from torch import Tensor, nn
 
 from scconv import SCConv, fused
 from scconv.files import atomic_file, checksum
+from scconv.inference import fuse_for_inference
 from scconv.machine import device_name, find_commit
 from scconv.models import build_model
 from scconv.record import RESULTS
@@ -48,7 +50,8 @@ BASE = "3x3"
 FORMS = {
     "layer": [BASE, "popular", "plain", "scconv", "popular+compile", "plain+compile", "scconv+compile"],
     "network": [BASE, "floor", "popular", "plain", "scconv"]
-    + [f"{form}+compile" for form in (BASE, "floor", "popular", "plain", "scconv")],
+    + [f"{form}+compile" for form in (BASE, "floor", "popular", "plain", "scconv")]
+    + [f"{form}+folded{compiled}" for compiled in ("", "+compile") for form in (BASE, "scconv")],
 }
 FORMS["memory"] = FORMS["layer"]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -62,14 +65,14 @@ ALLOCATOR = {
 
 
 def build_layer(form: str, channels: int, arguments: argparse.Namespace) -> nn.Module:
-    kind = form.removesuffix("+compile")
+    kind = form.split("+")[0]
     if kind == BASE:
         return nn.Conv2d(channels, channels, 3, padding=1, bias=False)
     return PopularSCConv(channels, channels) if kind == "popular" else SCConv(channels, channels)
 
 
 def build_network(form: str, channels: int, arguments: argparse.Namespace) -> nn.Module:
-    kind = form.removesuffix("+compile")
+    kind = form.split("+")[0]
     common = {"num_classes": 100, "small_images": True}
     if kind == "popular":
         return make_popular(build_model(arguments.network, **common, fusion="global", bias=True))
@@ -79,7 +82,7 @@ def build_network(form: str, channels: int, arguments: argparse.Namespace) -> nn
     if kind == "floor":
         for block in model.modules():
             for name, conv in list(block.named_children()):
-                if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.in_channels > 3:
+                if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.in_channels == conv.out_channels:
                     setattr(block, name, nn.Identity() if conv.stride == (1, 1) else nn.AvgPool2d(conv.stride))
     return model
 
@@ -88,7 +91,9 @@ def prepare(build: Callable, form: str, channels: int, memory_format: str, argum
     """The module of a form, and how to call it."""
     torch.manual_seed(0)
     module = build(form, channels, arguments)
-    call = module.to(arguments.device, dtype_of(arguments), memory_format=FORMATS[memory_format])
+    module = module.to(arguments.device, dtype_of(arguments))
+    module = fuse_for_inference(module) if "+folded" in form else module
+    call = module.to(memory_format=FORMATS[memory_format])
     if form.endswith("+compile"):  # a graph break in ours is an error, not a slow result
         ours = form.startswith(("plain", "scconv"))
         call = torch.compile(module, dynamic=False, fullgraph=ours, mode=arguments.compile_mode)
@@ -213,6 +218,7 @@ def time_all(shapes: list[tuple[int, ...]], build: Callable, make_call: Callable
                 calls = {
                     form: make_call(call, module, x, direction == "training")
                     for form, (module, call) in modules.items()
+                    if not ("+folded" in form and direction == "training")
                 }
                 for row in take_turns(calls, arguments):
                     say(f"    {row['form']}: {row['seconds'] * 1000:.2f} ms, {row['ratio']:.3f}")
