@@ -40,6 +40,11 @@ class FoldedSCConv(nn.Module):
             self.register_buffer(name, None if tensor is None else tensor.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.gwc.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # the weights' type is the one to compute in
+            return self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
         rest = self.squeeze_up, self.squeeze_low, self.gwc, self.pwc_up, self.bias, self.lower, self.plan
         norm = self.back, self.offset
         if torch.compiler.is_compiling():

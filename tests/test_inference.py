@@ -64,6 +64,13 @@ def test_computes_the_same_for_a_compiler():
         assert_close(compiled(images()), model(images()), rtol=1e-10, atol=1e-10)
 
 
+def test_autocast_around_it_is_taken():
+    model = with_a_past(nn.Sequential(nn.Conv2d(3, 8, 1), SCConv(8, 8), nn.BatchNorm2d(8))).float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, expected = fuse_for_inference(model)(images().float()), model(images().float())
+    assert ((found - expected).norm() / expected.norm()) < 0.05
+
+
 def test_a_norm_that_erases_a_channel_stays():
     model = with_a_past(nn.Sequential(SCConv(8, 8), nn.BatchNorm2d(8), SCConv(8, 8), nn.BatchNorm2d(8)))
     model[1].weight.data[3] = 0.0  # 1/a would be infinite
