@@ -17,6 +17,7 @@ The rewrites, all equal up to rounding:
    computed again.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PIECE_BYTES = 2**19  # of x in one piece; about five buffers of this size are in use at a time
+PIECE_BYTES = 2**20  # of x in one piece; about five buffers of this size are in use at a time
 aten = torch.ops.aten
 
 
@@ -57,12 +58,12 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format_of(like))
 
 
-def pieces(x: Tensor) -> list[slice]:
-    n = len(x)
-    if x.device.type != "cpu":
-        return [slice(0, n)]
-    size = max(1, PIECE_BYTES * torch.get_num_threads() * n // max(1, x.numel() * x.element_size()))
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+def in_pieces(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of a few images at a time, of x and of the others, which have as many images."""
+    size = max(1, len(x))
+    if x.device.type == "cpu" and x.numel():
+        size = max(1, PIECE_BYTES * torch.get_num_threads() * len(x) // (x.numel() * x.element_size()))
+    return zip(*(t.split(size) for t in (x, *others)), strict=True)
 
 
 # ---- 1×1 convolutions ----------------------------------------------------------------------------------------------
@@ -201,23 +202,23 @@ def forward_pass(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lo
     be added; each (C2, 1, 1).
     """
     squeeze_up, squeeze_low, pwc_up = squeeze_up.flatten(1), squeeze_low.flatten(1), pwc_up.flatten(1)
-    parts, wide = pieces(x), scale.dtype
-    x_up = empty(x, len(x), len(squeeze_up), *x.shape[2:], dtype=gwc.dtype)
-    x_low = empty(x, len(x), len(squeeze_low), *at_centre(x[:1, :1], plan).shape[2:], dtype=gwc.dtype)
-    for part in parts:
-        up, low = split(*reconstruct(gate(x[part].to(wide), scale, shift, plan), plan), plan.up_channels)
-        pointwise(squeeze_up, up.to(gwc.dtype), out=x_up[part])
-        pointwise(squeeze_low, at_centre(low, plan).to(gwc.dtype), out=x_low[part])
+    wide, dtype = scale.dtype, gwc.dtype
+    x_up = empty(x, len(x), len(squeeze_up), *x.shape[2:], dtype=dtype)
+    x_low = empty(x, len(x), len(squeeze_low), *at_centre(x[:1, :1], plan).shape[2:], dtype=dtype)
+    for x_, x_up_, x_low_ in in_pieces(x, x_up, x_low):
+        up, low = split(*reconstruct(gate(x_.to(wide), scale, shift, plan), plan), plan.up_channels)
+        pointwise(squeeze_up, up.to(dtype), out=x_up_)
+        pointwise(squeeze_low, at_centre(low, plan).to(dtype), out=x_low_)
 
     d = F.conv2d(x_up, gwc, bias, plan.stride, plan.padding, plan.dilation, plan.groups)
     d = d.contiguous(memory_format=memory_format_of(x))
     y, beta1 = torch.empty_like(d), d.new_empty(*d.shape[:2], 1, 1)
-    for part in parts:
-        y2 = pointwise(lower, x_low[part], out=y[part])  # (6)
-        d_part = add_pointwise(pwc_up, at_centre(x_up[part], plan), out=d[part]).sub_(y2)  # (5): Y1 - Y2
-        difference = d_part.mean((2, 3), keepdim=True, dtype=wide)  # (7)
-        beta1[part] = torch.sigmoid(difference if norm is None else difference * norm[0])  # (8)
-        y2.addcmul_(beta1[part], d_part)  # (9)
+    for _, x_up_, x_low_, d_, y_, beta1_ in in_pieces(x, x_up, x_low, d, y, beta1):
+        y2 = pointwise(lower, x_low_, out=y_)  # (6)
+        add_pointwise(pwc_up, at_centre(x_up_, plan), out=d_).sub_(y2)  # (5): Y1 - Y2
+        difference = d_.mean((2, 3), keepdim=True, dtype=wide)  # (7)
+        beta1_.copy_(torch.sigmoid(difference if norm is None else difference * norm[0]))  # (8)
+        y2.addcmul_(beta1_, d_)  # (9)
         if norm is not None:
             y2.add_(norm[1])
     return y, x_up, x_low, d, beta1
@@ -240,22 +241,22 @@ class EagerSCConv(torch.autograd.Function):
     def backward(ctx, g):
         x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, lower, x_up, x_low, d, beta1 = ctx.saved_tensors
         squeeze_up, squeeze_low, pwc_up = squeeze_up.flatten(1), squeeze_low.flatten(1), pwc_up.flatten(1)
-        plan, parts, memory_format = ctx.plan, pieces(x), memory_format_of(x)
+        plan, memory_format, wide, dtype = ctx.plan, memory_format_of(x), scale.dtype, gwc.dtype
         g = g.contiguous(memory_format=memory_format)
         g_squeeze_up, g_squeeze_low = torch.zeros_like(squeeze_up), torch.zeros_like(squeeze_low)
         g_pwc_up, g_lower = torch.zeros_like(pwc_up), torch.zeros_like(lower)
 
         g1, g_x_low = torch.empty_like(d), torch.empty_like(x_low)
         through_pwc = empty(d, len(d), len(squeeze_up), *d.shape[2:])
-        for part in parts:
-            b = beta1[part]
-            g_s = (g[part] * d[part]).sum((2, 3), keepdim=True) * b * (1 - b)
-            torch.addcmul(g_s / d[0, 0].numel(), b, g[part], out=g1[part])  # by Y1
-            g2 = g[part] - g1[part]  # by Y2
-            add_weight_grad(g_pwc_up, g1[part], at_centre(x_up[part], plan))
-            add_weight_grad(g_lower, g2, x_low[part])
-            pointwise(pwc_up.t(), g1[part], out=through_pwc[part])
-            pointwise(lower.t(), g2, out=g_x_low[part])
+        tensors = x_up, x_low, d, beta1, g, g1, g_x_low, through_pwc
+        for _, x_up_, x_low_, d_, beta1_, g_, g1_, g_x_low_, through_pwc_ in in_pieces(x, *tensors):
+            g_s = (g_ * d_).sum((2, 3), keepdim=True) * beta1_ * (1 - beta1_)
+            torch.addcmul(g_s / d[0, 0].numel(), beta1_, g_, out=g1_)  # by Y1
+            g2 = g_ - g1_  # by Y2
+            add_weight_grad(g_pwc_up, g1_, at_centre(x_up_, plan))
+            add_weight_grad(g_lower, g2, x_low_)
+            pointwise(pwc_up.t(), g1_, out=through_pwc_)
+            pointwise(lower.t(), g2, out=g_x_low_)
 
         g_x_up, g_gwc, g_bias = aten.convolution_backward(
             g1, x_up, gwc, [len(gwc)], plan.stride, plan.padding, plan.dilation, False, (0, 0), plan.groups,
@@ -264,21 +265,21 @@ class EagerSCConv(torch.autograd.Function):
         g_x_up = g_x_up.contiguous(memory_format=memory_format)
 
         g_x, g_scale, g_shift = torch.empty_like(x), torch.zeros_like(scale), torch.zeros_like(shift)
-        for part in parts:
-            x_part = x[part].to(scale.dtype)
-            gated = gate(x_part, scale, shift, plan)
+        for x_, g_x_up_, g_x_low_, through_pwc_, g_x_ in in_pieces(x, g_x_up, g_x_low, through_pwc, g_x):
+            x_ = x_.to(wide)
+            gated = gate(x_, scale, shift, plan)
             up, low = split(*reconstruct(gated, plan), plan.up_channels)
-            g_x_up[part].add_(at_centre_backward(through_pwc[part], x_part, plan))
-            add_weight_grad(g_squeeze_up, g_x_up[part], up.to(gwc.dtype))
-            add_weight_grad(g_squeeze_low, g_x_low[part], at_centre(low, plan).to(gwc.dtype))
-            g_up = pointwise(squeeze_up.t(), g_x_up[part], out=torch.empty_like(up, dtype=gwc.dtype))
-            g_low = empty(low, *low.shape[:2], *g_x_low.shape[2:], dtype=gwc.dtype)
-            g_low = at_centre_backward(pointwise(squeeze_low.t(), g_x_low[part], out=g_low), x_part, plan)
-            halves = split(g_up.to(x_part.dtype), g_low.to(x_part.dtype), x.shape[1] // 2)
-            out = g_x[part] if g_x.dtype == x_part.dtype else torch.empty_like(x_part)
-            by_gate = reconstruct_backward(x_part, scale, gated, plan, *halves, out=out)
-            if out.dtype != g_x.dtype:
-                g_x[part] = out
+            g_x_up_.add_(at_centre_backward(through_pwc_, x_, plan))
+            add_weight_grad(g_squeeze_up, g_x_up_, up.to(dtype))
+            add_weight_grad(g_squeeze_low, g_x_low_, at_centre(low, plan).to(dtype))
+            g_up = pointwise(squeeze_up.t(), g_x_up_, out=torch.empty_like(up, dtype=dtype))
+            g_low = empty(low, *low.shape[:2], *g_x_low.shape[2:], dtype=dtype)
+            g_low = at_centre_backward(pointwise(squeeze_low.t(), g_x_low_, out=g_low), x_, plan)
+            halves = split(g_up.to(wide), g_low.to(wide), x.shape[1] // 2)
+            out = g_x_ if g_x.dtype == wide else torch.empty_like(x_)
+            by_gate = reconstruct_backward(x_, scale, gated, plan, *halves, out=out)
+            if out is not g_x_:
+                g_x_.copy_(out)
             if by_gate is not None:
                 g_scale += by_gate[0]
                 g_shift += by_gate[1]
