@@ -251,7 +251,7 @@ class EagerSCConv(torch.autograd.Function):
         tensors = x_up, x_low, d, beta1, g, g1, g_x_low, through_pwc
         for _, x_up_, x_low_, d_, beta1_, g_, g1_, g_x_low_, through_pwc_ in in_pieces(x, *tensors):
             g_s = (g_ * d_).sum((2, 3), keepdim=True) * beta1_ * (1 - beta1_)
-            torch.addcmul(g_s / d[0, 0].numel(), beta1_, g_, out=g1_)  # by Y1
+            torch.addcmul(g_s / d.shape[2:].numel(), beta1_, g_, out=g1_)  # by Y1
             g2 = g_ - g1_  # by Y2
             add_weight_grad(g_pwc_up, g1_, at_centre(x_up_, plan))
             add_weight_grad(g_lower, g2, x_low_)

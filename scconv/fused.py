@@ -247,5 +247,5 @@ def mean_y1(y1, x_up, gwc, pwc_up, bias, plan):
     seen = torch.stack(seen, dim=2).unflatten(1, (plan.groups, -1)).flatten(2)  # (N, g, αC1/(r g) · 9)
     weight = gwc.to(wide).flatten(1).unflatten(0, (plan.groups, -1))  # (g, C2/g, αC1/(r g) · 9)
     total = torch.einsum("ngk,gck->ngc", seen, weight).flatten(1) + everything @ pwc_up.to(wide).flatten(1).t()
-    mean = total / x[0, 0].numel()
+    mean = total / x.shape[2:].numel()
     return mean if bias is None else mean + bias.to(wide)
