@@ -1,6 +1,9 @@
 """What runs is what `layers.py` says: outputs and all gradients, over shapes, options and precisions."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -250,6 +253,36 @@ def test_autocast_computes_the_convolutions_in_its_type():
         assert found[name].dtype == value.dtype
         error = (found[name] - value).double().norm() / value.double().norm()
         assert error < 0.05, f"{name}: relative error {error:.2g}"
+
+
+TWO_PROCESSES = """
+import copy
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from scconv import SCConv
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+layer, x = SCConv(8, 8, dtype=torch.float64), torch.randn(4, 8, 5, 5, dtype=torch.float64)
+alone, shared = copy.deepcopy(layer), DistributedDataParallel(layer)
+for _ in range(2):  # the second step fails if a parameter had no part in the first
+    alone.zero_grad()
+    shared.zero_grad()
+    alone(x).square().mean().backward()
+    shared(x[dist.get_rank() :: 2]).square().mean().backward()
+    for expected, found in zip(alone.parameters(), layer.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-10)
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_find_the_gradients_of_one(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
 
 
 # ---- what it costs -------------------------------------------------------------------------------------------------
