@@ -57,9 +57,11 @@ def needs_plain(layer: "SCConv") -> bool:
     """Whether this call must go through the layer's own parts, one after the other."""
     if _wanted["plain"] or layer.order != "scconv" or torch.jit.is_tracing():
         return True
+    if layer.cru.fusion != "branch":
+        return True  # the rewrites use that β1 + β2 = 1
     if torch.compiler.is_compiling():
         return False
-    if layer.cru.fusion != "branch" or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return True  # the hand-written backward has no rule for torch.func; it would raise
     return any(_is_watched(part) or type(part) not in STOCK for part in layer.modules() if part is not layer)
 
