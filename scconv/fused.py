@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from scconv import kernels
 from scconv.eager import EagerSCConv, Plan, at_centre, split
@@ -196,33 +197,51 @@ class Reconstruct(torch.autograd.Function):
         return torch.cat(g_x, dim=1), sums_norm.sum(0).flatten(), sums.sum(0).flatten(), None
 
 
-def compiled_scconv(x, scale, shift, *rest):
+def compiled_scconv(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower, plan):
     """Eq. (1)-(9) in operators that a compiler fuses."""
-    return transform_and_fuse(*Reconstruct.apply(x.to(scale.dtype), scale, shift, rest[-1]), *rest)
+
+    def separate_and_squeeze(x, *tensors):
+        return squeeze(*Reconstruct.apply(x, *tensors[:2], plan), *tensors[2:], plan)
+
+    tensors = x.to(scale.dtype), scale, shift, squeeze_up, squeeze_low, lower
+    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        # A compiler would keep X^w for the backward pass. To make it again from x, which is kept anyway, is faster.
+        squeezed = checkpoint(separate_and_squeeze, *tensors, use_reentrant=False, preserve_rng_state=False)
+    else:
+        squeezed = separate_and_squeeze(*tensors)
+    return transform_and_fuse(*squeezed, gwc, pwc_up, bias, plan)
 
 
-def triton_scconv(x, scale, shift, *rest):
+def triton_scconv(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower, plan):
     """Eq. (1)-(9) with the SRU in Triton."""
     from scconv.kernels.sru import reconstruct  # imports Triton, which not every machine has
 
-    plan = rest[-1]
-    up, low = reconstruct(x, scale, shift, plan.gn_groups, plan.eps, plan.threshold, plan.soft)
-    return transform_and_fuse(up, low, *rest)
+    halves = reconstruct(x, scale, shift, plan.gn_groups, plan.eps, plan.threshold, plan.soft)
+    return transform_and_fuse(*squeeze(*halves, squeeze_up, squeeze_low, lower, plan), gwc, pwc_up, bias, plan)
 
 
-def transform_and_fuse(up, low, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower, plan, norm=None):
-    """Eq. (5)-(9), from both halves of X^w. `norm` is as in `eager.forward_pass`."""
+NARROW = 256  # channels, at most; beyond, products of weights cost more than the passes that they save
+
+
+def squeeze(up, low, squeeze_up, squeeze_low, lower, plan):
+    """X_up, Y2 of Eq. (6) and its mean S2 of Eq. (7), from both halves of X^w."""
+    dtype = squeeze_up.dtype
+    wide = torch.promote_types(dtype, torch.float32)
     up, low = split(up, low, plan.up_channels)
-    x_up = F.conv2d(up.to(gwc.dtype), squeeze_up)
-    low = at_centre(low, plan).to(gwc.dtype)
-    wide = torch.promote_types(gwc.dtype, torch.float32)
-    squeezed = lower.to(wide) @ squeeze_low.flatten(1).to(wide)  # two 1×1 convolutions as one
+    x_up, low = F.conv2d(up.to(dtype), squeeze_up), at_centre(low, plan).to(dtype)
+    if len(lower) <= NARROW:
+        lower = lower.to(wide) @ squeeze_low.flatten(1).to(wide)  # two 1×1 convolutions as one
+    else:
+        low = F.conv2d(low, squeeze_low)
+    y2 = F.conv2d(low, lower[:, :, None, None].to(dtype))
+    return x_up, y2, low.mean((2, 3), dtype=wide) @ lower.to(wide).t()  # averaging is linear
+
+
+def transform_and_fuse(x_up, y2, s2, gwc, pwc_up, bias, plan, norm=None):
+    """Eq. (5)-(9), from what `squeeze` returns. `norm` is as in `eager.forward_pass`."""
     y1 = F.conv2d(x_up, gwc, bias, plan.stride, plan.padding, plan.dilation, plan.groups)
     y1 = y1 + F.conv2d(at_centre(x_up, plan), pwc_up)  # (5)
-    y2 = F.conv2d(low, squeezed[:, :, None, None].to(gwc.dtype))  # (6)
-    s1 = mean_y1(y1, x_up, gwc, pwc_up, bias, plan)  # (7)
-    s2 = low.mean((2, 3), dtype=wide) @ squeezed.t()  # the mean of Y2: averaging is linear
-    difference = (s1 - s2)[:, :, None, None]
+    difference = (mean_y1(y1, x_up, gwc, pwc_up, bias, plan) - s2)[:, :, None, None]  # (7)
     beta1 = torch.sigmoid(difference if norm is None else difference * norm[0]).to(y1.dtype)  # (8)
     y = y2 + beta1 * (y1 - y2)  # (9)
     return y if norm is None else y + norm[1]
@@ -232,7 +251,7 @@ def mean_y1(y1, x_up, gwc, pwc_up, bias, plan):
     """S1 of Eq. (7), (N, C2)."""
     wide = torch.promote_types(y1.dtype, torch.float32)
     small = plan.padding == plan.stride == plan.dilation == (1, 1) and gwc.shape[2:] == (3, 3)
-    if torch.is_grad_enabled() or not small:
+    if torch.is_grad_enabled() or not small or len(gwc) > NARROW:
         return y1.mean((2, 3), dtype=wide)
     # From X_up, a quarter of Y1's size, so that Y1 need not be whole before β1 is known. Each of the kernel's nine
     # places sees all positions but a row or a column at the border. In training the way back costs what this saves.

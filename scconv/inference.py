@@ -45,13 +45,15 @@ class FoldedSCConv(nn.Module):
             return self.compute(x)
 
     def compute(self, x: Tensor) -> Tensor:
-        rest = self.squeeze_up, self.squeeze_low, self.gwc, self.pwc_up, self.bias, self.lower, self.plan
+        squeezes, convolutions = (self.squeeze_up, self.squeeze_low), (self.gwc, self.pwc_up, self.bias)
         norm = self.back, self.offset
         if torch.compiler.is_compiling():
             halves = fused.Reconstruct.apply(x.to(self.scale.dtype), self.scale, self.shift, self.plan)
-            return fused.transform_and_fuse(*halves, *rest, norm=norm)
+            squeezed = fused.squeeze(*halves, *squeezes, self.lower, self.plan)
+            return fused.transform_and_fuse(*squeezed, *convolutions, self.plan, norm=norm)
         with torch.no_grad():
             x = x.contiguous(memory_format=memory_format_of(x))
+            rest = *squeezes, *convolutions, self.lower, self.plan
             return forward_pass(x, self.scale, self.shift, *rest, norm=norm)[0]
 
 
