@@ -205,7 +205,7 @@ def compiled_scconv(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias,
 
     tensors = x.to(scale.dtype), scale, shift, squeeze_up, squeeze_low, lower
     if torch.is_grad_enabled() and not torch.compiler.is_exporting():
-        # A compiler would keep X^w for the backward pass. To make it again from x, which is kept anyway, is faster.
+        # A compiler would keep X^w for the backward pass. To make it again from x, which is kept, takes no longer.
         squeezed = checkpoint(separate_and_squeeze, *tensors, use_reentrant=False, preserve_rng_state=False)
     else:
         squeezed = separate_and_squeeze(*tensors)

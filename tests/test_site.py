@@ -68,8 +68,7 @@ def watched(browser, size: str):
     page = browser.new_page(viewport=SIZES[size], reduced_motion="reduce")
     seen = []
     page.on("request", lambda r: seen.append(("request", r.url)))
-    # Leaving a page cuts short what it still asks for, its icon say: ERR_ABORTED. A missing file is ERR_FILE_NOT_FOUND.
-    page.on("requestfailed", lambda r: seen.append(("failed", r.url)) if r.failure != "net::ERR_ABORTED" else None)
+    page.on("requestfailed", lambda r: seen.append(("failed", r.url)))
     page.on("pageerror", lambda error: seen.append(("error", str(error))))
     page.on("console", lambda m: seen.append(("error", m.text)) if m.type in ("error", "warning") else None)
     return page, seen
@@ -202,10 +201,12 @@ def test_index_leads_to_the_first_page(browser):
 def test_search_by_keyboard_finds_cross_reconstruct(browser, size):
     page, seen = watched(browser, size)
     page.goto((SITE / "book" / "intro.html").as_uri())
+    page.wait_for_load_state("networkidle")  # leaving earlier would cut the request for its icon short
     page.keyboard.press("Control+k")
     page.keyboard.type("cross-reconstruct")
     page.keyboard.press("Enter")
     page.wait_for_selector("ul.search li a")
+    page.wait_for_load_state("networkidle")
     results = page.locator("ul.search li a").evaluate_all("links => links.map(link => link.href)")
     assert any("02_sru.html" in link for link in results)
     assert not [what for what in seen if what[0] != "request"]
