@@ -10,8 +10,8 @@ moment of the machine hits both. The table shows medians; the file that is writt
     3x3      nn.Conv2d without a bias; in the network: torchvision's ResNet-50
     popular  the popular implementation's order of operations (popular.py)
     plain    the text of scconv/layers.py, operator by operator
-    scconv   what runs when nothing is said
-    kernels  the same with the SRU in Triton, on CUDA
+    scconv   what runs when nothing is said; on CUDA with the SRU in Triton
+    stock    the same without Triton, on CUDA
     floor    the network without the 3×3s that keep the width: nothing, or an average pool of their stride, instead
 
 A form with "+compile" is the same under torch.compile. One with "+folded" has its batch norms folded into the layers
@@ -76,7 +76,7 @@ def build_network(form: str, channels: int, arguments: argparse.Namespace) -> nn
     common = {"num_classes": 100, "small_images": True}
     if kind == "popular":
         return make_popular(build_model(arguments.network, **common, fusion="global", bias=True))
-    if kind in ("plain", "scconv", "kernels"):
+    if kind in ("plain", "scconv", "stock"):
         return build_model(arguments.network, **common)
     model = build_model(arguments.network.removeprefix("scconv_"), **common)
     if kind == "floor":
@@ -117,8 +117,8 @@ def conditions(form: str, arguments: argparse.Namespace) -> Iterator[None]:
     path = nullcontext()
     if form.startswith("plain"):
         path = fused.plain()
-    elif form == "kernels":
-        path = fused.triton_kernels()
+    elif form == "stock":
+        path = fused.stock_operators()
     with autocast, path:
         yield
 
@@ -270,7 +270,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS / "benchmark", help="a folder, or a file's name in .json")
     arguments = parser.parse_args(argv)
     what, quick = arguments.what, arguments.quick
-    known = FORMS[what] + ["kernels"] * (arguments.device == "cuda")
+    known = FORMS[what] + ["stock"] * (arguments.device == "cuda")
     arguments.forms = arguments.forms or [form for form in known if not (quick and form.endswith("+compile"))]
     if BASE not in arguments.forms or not set(arguments.forms) <= set(known):
         parser.error(f"--forms {' '.join(arguments.forms)}: must be {BASE} and some of {', '.join(known[1:])}")

@@ -1,8 +1,9 @@
-"""SCConv without a compiler: the function of `layers.py`, forward and backward, in pieces of the batch.
+"""SCConv without a compiler: the function of `layers.py`, forward and backward by hand, in pieces of the batch.
 
 A processor spends most of an SCConv's time on moving tensors. So all that works image by image runs on a few images at
 a time, into the same few buffers, which stay in the cache from one operator to the next. Only the k×k convolution (GWC)
-takes the whole batch, since each call of it has a cost of its own. On a GPU there is one piece.
+takes the whole batch, since each call of it has a cost of its own. On a GPU there is one piece, and two Triton kernels
+(`kernels/sru.py`) take the place of the SRU's operators.
 
 The rewrites, all equal up to rounding:
 
@@ -42,6 +43,7 @@ class Plan(NamedTuple):
     dilation: tuple[int, int]
     groups: int
     margin: tuple[int, int]
+    triton: bool = False  # the SRU's kernels in place of operators
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -127,6 +129,7 @@ def at_centre_backward(g: Tensor, like: Tensor, plan: Plan) -> Tensor:
 class Gated(NamedTuple):
     """What both passes of the SRU need of some images; each (N, C, H, W) but the statistics, (N, gn_groups)."""
 
+    x: Tensor
     z: Tensor  # the gate's logit
     weight: Tensor  # σ(z), or z itself where the gate is hard
     informative: Tensor  # x where z > t, else 0
@@ -143,9 +146,9 @@ def gate(x: Tensor, scale: Tensor, shift: Tensor, plan: Plan) -> Gated:
     informative = aten.threshold_backward(x, z, plan.threshold)
     weighted = x - informative
     if not plan.soft:
-        return Gated(z, z, informative, weighted, mean, rstd)
+        return Gated(x, z, z, informative, weighted, mean, rstd)
     weight = torch.sigmoid(z)
-    return Gated(z, weight, informative, weighted.mul_(weight), mean, rstd)
+    return Gated(x, z, weight, informative, weighted.mul_(weight), mean, rstd)
 
 
 def reconstruct(gated: Gated, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -159,10 +162,10 @@ def reconstruct(gated: Gated, plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 def reconstruct_backward(
-    x: Tensor, scale: Tensor, gated: Gated, plan: Plan, g_up: Tensor, g_low: Tensor, out: Tensor
+    gated: Gated, scale: Tensor, plan: Plan, g_up: Tensor, g_low: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """Gradients by x, into `out`, and by scale and shift, from those by the halves of X^w. Overwrites `gated`."""
-    z, weight, below, weighted, mean, rstd = gated
+    x, z, weight, below, weighted, mean, rstd = gated
     if not plan.soft:
         torch.cat([g_low, g_up], dim=1, out=below)  # what is not informative went to the other half
         g = torch.cat([g_up, g_low], dim=1).sub_(below)
@@ -182,6 +185,31 @@ def reconstruct_backward(
     )
     torch.add(g.add_(below), through_norm, out=out)
     return g_scale, g_shift
+
+
+def sru(x: Tensor, scale: Tensor, shift: Tensor, plan: Plan) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Both halves of X^w, and what `sru_backward` needs."""
+    if plan.triton:
+        from scconv.kernels import sru as kernels  # imports Triton, which not every machine has
+
+        gate_of = plan.gn_groups, plan.eps, plan.threshold, plan.soft
+        up, low, mean, rstd = kernels.reconstruct(x, scale, shift, *gate_of)
+        return up, low, (mean, rstd)
+    gated = gate(x.to(scale.dtype), scale, shift, plan)
+    return *reconstruct(gated, plan), gated
+
+
+def sru_backward(x, scale, shift, kept, plan, g_up, g_low, out) -> tuple[Tensor, Tensor] | None:
+    """Gradients by x, into `out`, and by scale and shift."""
+    if plan.triton:
+        from scconv.kernels import sru as kernels
+
+        return kernels.reconstruct_backward(x, scale, shift, *kept, g_up, g_low, plan.threshold, plan.soft, out)
+    into = out if out.dtype == scale.dtype else torch.empty_like(kept.x)
+    by_gate = reconstruct_backward(kept, scale, plan, g_up.to(scale.dtype), g_low.to(scale.dtype), into)
+    if into is not out:
+        out.copy_(into)
+    return by_gate
 
 
 # ---- the layer -----------------------------------------------------------------------------------------------------
@@ -206,7 +234,8 @@ def forward_pass(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lo
     x_up = empty(x, len(x), len(squeeze_up), *x.shape[2:], dtype=dtype)
     x_low = empty(x, len(x), len(squeeze_low), *at_centre(x[:1, :1], plan).shape[2:], dtype=dtype)
     for x_, x_up_, x_low_ in in_pieces(x, x_up, x_low):
-        up, low = split(*reconstruct(gate(x_.to(wide), scale, shift, plan), plan), plan.up_channels)
+        up, low, _ = sru(x_, scale, shift, plan)
+        up, low = split(up, low, plan.up_channels)
         pointwise(squeeze_up, up.to(dtype), out=x_up_)
         pointwise(squeeze_low, at_centre(low, plan).to(dtype), out=x_low_)
 
@@ -241,7 +270,7 @@ class EagerSCConv(torch.autograd.Function):
     def backward(ctx, g):
         x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, lower, x_up, x_low, d, beta1 = ctx.saved_tensors
         squeeze_up, squeeze_low, pwc_up = squeeze_up.flatten(1), squeeze_low.flatten(1), pwc_up.flatten(1)
-        plan, memory_format, wide, dtype = ctx.plan, memory_format_of(x), scale.dtype, gwc.dtype
+        plan, memory_format, dtype = ctx.plan, memory_format_of(x), gwc.dtype
         g = g.contiguous(memory_format=memory_format)
         g_squeeze_up, g_squeeze_low = torch.zeros_like(squeeze_up), torch.zeros_like(squeeze_low)
         g_pwc_up, g_lower = torch.zeros_like(pwc_up), torch.zeros_like(lower)
@@ -266,20 +295,16 @@ class EagerSCConv(torch.autograd.Function):
 
         g_x, g_scale, g_shift = torch.empty_like(x), torch.zeros_like(scale), torch.zeros_like(shift)
         for x_, g_x_up_, g_x_low_, through_pwc_, g_x_ in in_pieces(x, g_x_up, g_x_low, through_pwc, g_x):
-            x_ = x_.to(wide)
-            gated = gate(x_, scale, shift, plan)
-            up, low = split(*reconstruct(gated, plan), plan.up_channels)
+            up, low, kept = sru(x_, scale, shift, plan)
+            up, low = split(up, low, plan.up_channels)
             g_x_up_.add_(at_centre_backward(through_pwc_, x_, plan))
             add_weight_grad(g_squeeze_up, g_x_up_, up.to(dtype))
             add_weight_grad(g_squeeze_low, g_x_low_, at_centre(low, plan).to(dtype))
             g_up = pointwise(squeeze_up.t(), g_x_up_, out=torch.empty_like(up, dtype=dtype))
             g_low = empty(low, *low.shape[:2], *g_x_low.shape[2:], dtype=dtype)
             g_low = at_centre_backward(pointwise(squeeze_low.t(), g_x_low_, out=g_low), x_, plan)
-            halves = split(g_up.to(wide), g_low.to(wide), x.shape[1] // 2)
-            out = g_x_ if g_x.dtype == wide else torch.empty_like(x_)
-            by_gate = reconstruct_backward(x_, scale, gated, plan, *halves, out=out)
-            if out is not g_x_:
-                g_x_.copy_(out)
+            halves = split(g_up, g_low, x.shape[1] // 2)
+            by_gate = sru_backward(x_, scale, shift, kept, plan, *halves, out=g_x_)
             if by_gate is not None:
                 g_scale += by_gate[0]
                 g_shift += by_gate[1]

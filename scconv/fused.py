@@ -1,9 +1,9 @@
 """What runs where an SCConv is called: the plain text of `layers.py`, or the same function with less to move.
 
-- Without a compiler: `eager.py`, a forward and a backward pass by hand.
+- Without a compiler: `eager.py`, a forward and a backward pass by hand. On CUDA, where Triton is installed, its SRU is
+  two kernels (`kernels/sru.py`), except inside `stock_operators()`. They are right under Triton's interpreter and
+  compile for GPUs; they have not run on one yet.
 - Under `torch.compile` and `torch.export`: the formulas below, in operators that a compiler fuses.
-- Inside `triton_kernels()`, on CUDA: the SRU in two kernels (`kernels/sru.py`), the rest as for a compiler. They are
-  right under Triton's interpreter and compile for GPUs, but have not run on one yet; so nobody gets them unasked.
 - The plain text: inside `plain()`, and wherever someone looks at the parts or has changed them (`needs_plain`).
 
 All take the same parameters and give the same values and gradients up to rounding. `eager.py` explains the
@@ -12,7 +12,7 @@ half, so that each half's values are read once for the statistics and once for t
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from scconv import kernels
@@ -28,7 +29,7 @@ from scconv.eager import EagerSCConv, Plan, at_centre, split
 if TYPE_CHECKING:
     from scconv.layers import CRU, SRU, SCConv
 
-_wanted = {"plain": 0, "kernels": 0}  # how many `with` blocks ask for it now
+_wanted = {"plain": 0, "stock": 0}  # how many `with` blocks ask for it now
 
 
 @contextmanager
@@ -42,13 +43,13 @@ def plain() -> Iterator[None]:
 
 
 @contextmanager
-def triton_kernels() -> Iterator[None]:
-    """Inside, an SCConv on CUDA takes the SRU's Triton kernels where they can do what it asks for."""
-    _wanted["kernels"] += 1
+def stock_operators() -> Iterator[None]:
+    """Inside, an SCConv on CUDA makes do without Triton: to compare, or where the kernels misbehave."""
+    _wanted["stock"] += 1
     try:
         yield
     finally:
-        _wanted["kernels"] -= 1
+        _wanted["stock"] -= 1
 
 
 STOCK: set[type] = {nn.GroupNorm, nn.Conv2d}  # layers.py adds SRU and CRU; a part of another class may do otherwise
@@ -60,9 +61,7 @@ def needs_plain(layer: "SCConv") -> bool:
         return True
     if layer.cru.fusion != "branch":
         return True  # the rewrites use that β1 + β2 = 1
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._are_functorch_transforms_active():
+    if not is_compiling() and torch._C._are_functorch_transforms_active():
         return True  # the hand-written backward has no rule for torch.func; it would raise
     return any(_is_watched(part) or type(part) not in STOCK for part in layer.modules() if part is not layer)
 
@@ -97,18 +96,15 @@ def scconv_forward(sru: "SRU", cru: "CRU", x: Tensor) -> Tensor:
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     tensors, plan = read_layer(sru, cru, torch.promote_types(x.dtype, torch.float32), dtype)
-    run = choose_form(x, plan)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        return run(x, *tensors, plan)
+        if is_compiling():
+            return compiled_scconv(x, *tensors, plan)
+        return EagerSCConv.apply(x, *tensors, with_kernels(plan, x))
 
 
-def choose_form(x: Tensor, plan: Plan) -> Callable[..., Tensor]:
-    """What runs where the plain text does not."""
-    if torch.compiler.is_compiling():
-        return compiled_scconv
-    if _wanted["kernels"] and kernels.supports(x, plan.gn_groups) is None:
-        return triton_scconv
-    return EagerSCConv.apply
+def with_kernels(plan: Plan, x: Tensor) -> Plan:
+    """The plan, with Triton kernels for the SRU where they can be used."""
+    return plan._replace(triton=not _wanted["stock"] and kernels.supports(x, plan.gn_groups) is None)
 
 
 # ---- for a compiler ------------------------------------------------------------------------------------------------
@@ -210,14 +206,6 @@ def compiled_scconv(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias,
     else:
         squeezed = separate_and_squeeze(*tensors)
     return transform_and_fuse(*squeezed, gwc, pwc_up, bias, plan)
-
-
-def triton_scconv(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower, plan):
-    """Eq. (1)-(9) with the SRU in Triton."""
-    from scconv.kernels.sru import reconstruct  # imports Triton, which not every machine has
-
-    halves = reconstruct(x, scale, shift, plan.gn_groups, plan.eps, plan.threshold, plan.soft)
-    return transform_and_fuse(*squeeze(*halves, squeeze_up, squeeze_low, lower, plan), gwc, pwc_up, bias, plan)
 
 
 NARROW = 256  # channels, at most; beyond, products of weights cost more than the passes that they save

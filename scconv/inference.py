@@ -9,6 +9,7 @@ import copy
 
 import torch
 from torch import Tensor, fx, nn
+from torch.compiler import is_compiling
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from scconv import fused
@@ -47,13 +48,13 @@ class FoldedSCConv(nn.Module):
     def compute(self, x: Tensor) -> Tensor:
         squeezes, convolutions = (self.squeeze_up, self.squeeze_low), (self.gwc, self.pwc_up, self.bias)
         norm = self.back, self.offset
-        if torch.compiler.is_compiling():
+        if is_compiling():
             halves = fused.Reconstruct.apply(x.to(self.scale.dtype), self.scale, self.shift, self.plan)
             squeezed = fused.squeeze(*halves, *squeezes, self.lower, self.plan)
             return fused.transform_and_fuse(*squeezed, *convolutions, self.plan, norm=norm)
         with torch.no_grad():
             x = x.contiguous(memory_format=memory_format_of(x))
-            rest = *squeezes, *convolutions, self.lower, self.plan
+            rest = *squeezes, *convolutions, self.lower, fused.with_kernels(self.plan, x)
             return forward_pass(x, self.scale, self.shift, *rest, norm=norm)[0]
 
 

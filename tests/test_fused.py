@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def for_a_compiler(layer: SCConv):
 
     def forward(x):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            patch.setattr(fused, "is_compiling", lambda: True)
             return layer(x)
 
     return forward
@@ -107,6 +108,16 @@ def pieces(request, monkeypatch):
 def test_equals_the_text(form, memory_format, shape, out_channels, options, pieces):
     layer = build(shape[1], out_channels, **options).to(memory_format=memory_format)
     check(form, layer, randn(*shape).to(memory_format=memory_format), **EXACT)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("path", [nullcontext, fused.stock_operators], ids=["as it comes", "stock operators"])
+def test_equals_the_text_on_a_gpu(path):
+    for shape, out_channels, options, _ in SHAPES:
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            layer = build(shape[1], out_channels, **options).to("cuda", memory_format=memory_format)
+            with path():
+                check(lambda layer: layer, layer, randn(*shape).to("cuda", memory_format=memory_format), **EXACT)
 
 
 @each_form
@@ -210,16 +221,17 @@ def test_plain_asks_for_the_text_and_gives_it_back(calls):
     assert calls == ["text", "text", "eager"]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda layer: layer.sru.register_forward_hook(lambda *_: None),
-        lambda layer: layer.cru.gwc.register_forward_pre_hook(lambda *_: None),
-        lambda layer: layer.cru.register_full_backward_hook(lambda *_: None),
-        lambda layer: setattr(layer.cru, "pwc_up", torch.nn.utils.parametrizations.weight_norm(layer.cru.pwc_up)),
-    ],
-    ids=["a hook on a unit", "a hook before a convolution", "a backward hook", "another kind of convolution"],
-)
+CHANGES = {
+    "a hook on a unit": lambda layer: layer.sru.register_forward_hook(lambda *_: None),
+    "a hook before a convolution": lambda layer: layer.cru.gwc.register_forward_pre_hook(lambda *_: None),
+    "a backward hook": lambda layer: layer.cru.register_full_backward_hook(lambda *_: None),
+    "another kind of convolution": lambda layer: setattr(
+        layer.cru, "pwc_up", torch.nn.utils.parametrizations.weight_norm(layer.cru.pwc_up)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_parts_that_are_watched_or_changed_run_themselves(change, calls):
     layer = build(8, 8)
     change(layer)
@@ -234,6 +246,16 @@ def test_torch_func_gets_the_text(calls):
     x.requires_grad_()
     layer(x).square().sum().backward()
     assert_close(gradient, x.grad, **EXACT)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_parts_that_are_watched_or_changed_run_themselves_when_compiled(change, calls):
+    layer, x = build(8, 8), randn(2, 8, 4, 4)
+    change(layer)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="eager")
+    assert_close(compiled(x), text(layer)(x), **EXACT)
+    assert "compiled" not in calls
 
 
 def test_a_compiler_gets_one_graph(calls):

@@ -18,10 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from scconv import SRU, kernels
+from scconv import SRU, SCConv, fused, kernels
+from scconv.inference import fuse_for_inference
 
 triton = pytest.importorskip("triton", reason="Triton comes with PyTorch for Linux alone")
+ROOT = Path(__file__).parents[1]
 EPS = 1e-5
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
 
 
 @contextmanager
@@ -48,9 +51,29 @@ def load_copy(interpret: str):
 interpreted = load_copy("1")
 
 
+class Reconstruct(torch.autograd.Function):
+    """Both kernels as autograd takes them."""
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, gn_groups, threshold, soft):
+        with interpreting():
+            up, low, mean, rstd = interpreted.reconstruct(x, scale, shift, gn_groups, EPS, threshold, soft)
+        ctx.save_for_backward(x, scale, shift, mean, rstd)
+        ctx.options = threshold, soft
+        return up, low
+
+    @staticmethod
+    def backward(ctx, g_up, g_low):
+        x = ctx.saved_tensors[0]
+        dense = x.is_contiguous() or x.is_contiguous(memory_format=NHWC)
+        g_x = torch.empty_like(x, memory_format=torch.preserve_format if dense else NCHW)
+        with interpreting():
+            by_gate = interpreted.reconstruct_backward(*ctx.saved_tensors, g_up, g_low, *ctx.options, out=g_x)
+        return g_x, *(by_gate or (None, None)), None, None, None
+
+
 def reconstruct(x, scale, shift, gn_groups=4, threshold=0.0, soft=True):
-    with interpreting():
-        return interpreted.reconstruct(x, scale, shift, gn_groups, EPS, threshold, soft)
+    return Reconstruct.apply(x, scale, shift, gn_groups, threshold, soft)
 
 
 def normalise(x, gn_groups):
@@ -114,7 +137,6 @@ def check(x, scale, shift, rtol=1e-10, atol=1e-10, gn_groups=4, threshold=0.0, s
     assert all(actual[name].is_contiguous(memory_format=layout) for name in ("up", "low", "x"))
 
 
-NCHW, NHWC = torch.contiguous_format, torch.channels_last
 SHAPES = [
     ((1, 2, 1, 2), 2, NCHW, "one image, one channel a group, two positions"),
     ((1, 4, 1, 1), 2, NCHW, "one position: the formats are one"),
@@ -172,20 +194,11 @@ def test_sums_keep_float32_whatever_the_precision_of_x(layout):
 def test_a_large_mean_leaves_the_variance_exact(layout):
     x, scale, shift = inputs((1, 8, 40, 41), torch.float32, layout)
     x = x + 1000  # here E[x²] - E[x]² in float32 is off by several per cent
-    up, _ = reconstruct(x.requires_grad_(), scale, shift, gn_groups=2)
-    *_, means, rstds = up.grad_fn.saved_tensors
-    groups = x.detach().double().reshape(1, 2, -1)
+    with interpreting():
+        *_, means, rstds = interpreted.reconstruct(x, scale, shift, 2, EPS, 0.0, True)
+    groups = x.double().reshape(1, 2, -1)
     assert_close(means.double(), groups.mean(2), rtol=1e-6, atol=0)
     assert_close(rstds.double(), (groups.var(2, correction=0) + EPS).rsqrt(), rtol=1e-5, atol=0)
-
-
-def test_saves_its_input_and_two_numbers_a_group():
-    x, scale, shift = inputs((3, 16, 4, 4), torch.bfloat16)
-    up, low = reconstruct(x.requires_grad_(), scale, shift)
-    saved = up.grad_fn.saved_tensors
-    assert low.grad_fn is up.grad_fn
-    assert [t.data_ptr() for t in saved[:3]] == [t.data_ptr() for t in (x, scale, shift)]  # no copies
-    assert [t.shape for t in saved[3:]] == [(3, 4), (3, 4)]
 
 
 @pytest.mark.parametrize("gate", ["soft", "hard"])
@@ -222,22 +235,6 @@ def test_takes_inputs_and_gradients_of_any_strides():
     ours = torch.autograd.grad([up, low], leaf, [gradient, 2 * gradient])
     theirs = torch.autograd.grad(formula(leaf, scale, shift), leaf, [gradient, 2 * gradient])
     assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-
-
-def test_a_half_that_is_not_used_has_gradient_zero():
-    x, scale, shift = inputs((2, 8, 4, 4))
-    x.requires_grad_()
-    with interpreting():
-        ours = torch.autograd.grad(reconstruct(x, scale, shift)[0].square().sum(), x)
-    assert_close(ours, torch.autograd.grad(formula(x, scale, shift)[0].square().sum(), x), rtol=1e-10, atol=1e-10)
-
-
-def test_a_second_backward_is_refused():
-    x, scale, shift = inputs((1, 8, 2, 3))
-    up, _ = reconstruct(x.requires_grad_(), scale, shift)
-    (gradient,) = torch.autograd.grad(up.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -331,30 +328,40 @@ def test_compiles_for_a_gpu_without_one(compiled_copy, name, dtype, layout, soft
         assert "cvt.rn" in binary.asm["ptx"]  # rounded to nearest, where the interpreter cuts off
 
 
-WHICH_RAN = """
-import torch
-from scconv import SCConv, kernels, layers
-from scconv.fused import plain, triton_kernels
-import scconv.kernels.sru as sru
-
-calls, reconstruct = [], sru.reconstruct
-sru.reconstruct = lambda *arguments: calls.append(1) or reconstruct(*arguments)
-torch.manual_seed(0)
-layer, x = SCConv(16, 16, dtype=torch.float64), torch.randn(2, 16, 5, 5, dtype=torch.float64)
-with plain():
-    expected = layer(x)
-layer(x)
-assert not calls, "nobody asked for the kernels"
-with triton_kernels():
-    found = layer(x)
-    assert len(calls) == 1, "the kernels did not run"
-    SCConv(12, 12, gn_groups=3, groups=1, dtype=torch.float64)(x[:, :12])
-    assert len(calls) == 1, "an odd number of groups goes another way"
-torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-"""
+# ---- in the layer ----
 
 
-def test_the_layer_takes_the_kernels_only_where_they_are_asked_for():
+def test_a_layer_takes_the_kernels_where_it_can(monkeypatch):
+    calls = []
+    for name in ("reconstruct", "reconstruct_backward"):
+        function = getattr(interpreted, name)
+        wrapper = lambda *a, name=name, function=function: calls.append(name) or function(*a)  # noqa: E731
+        monkeypatch.setattr(interpreted, name, wrapper)
+    monkeypatch.setitem(sys.modules, "scconv.kernels.sru", interpreted)
+    monkeypatch.setattr(kernels, "sru", interpreted, raising=False)
+    layer, x = SCConv(16, 16, dtype=torch.float64), randn(2, 16, 5, 5)
+    with interpreting():
+        layer(x).sum().backward()
+        assert calls == ["reconstruct"] * 2 + ["reconstruct_backward"]  # X^w is made again, not kept
+        calls.clear()
+        with fused.stock_operators():
+            layer(x)
+        with fused.plain():
+            layer(x)
+        SCConv(12, 12, gn_groups=3, groups=1, dtype=torch.float64)(x[:, :12])  # not an even number of groups
+        assert not calls
+        folded = fuse_for_inference(torch.nn.Sequential(layer))
+        folded(x)
+        assert calls == ["reconstruct"]
+    folded(x)
+    assert calls == ["reconstruct"], "the processor's own tensors are for the interpreter alone"
+
+
+def test_a_layer_with_the_kernels_equals_the_text():
+    """All of test_fused.py's rows, options and precisions, by the interpreter."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", WHICH_RAN], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    rows = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "tests/test_fused.py"]
+    done = subprocess.run(
+        [*rows, "-k", "equals_the_text and eager"], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout

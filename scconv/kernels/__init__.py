@@ -14,7 +14,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def supports(x: Tensor, gn_groups: int) -> str | None:
-    """None if `scconv.kernels.sru.reconstruct` can take x, (N, C, H, W); if not, one line that says why.
+    """None if the kernels of `scconv.kernels.sru` can take x, (N, C, H, W); if not, one line that says why.
 
     The environment variable TRITON_INTERPRET=1 lets Triton's interpreter take tensors of the CPU, for tests.
     """

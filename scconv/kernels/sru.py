@@ -16,8 +16,7 @@ What moves, in units of x, N·C·H·W values (the two halves together are one un
                with the hard gate there are no sums: reads both once, writes                                  3
 
 A program's second reading follows right upon its first. Where its groups are still in a cache by then, the main memory
-sees one reading: 2 and 3 units. These are counts, not timings. Saved for backward are x, the (C,) affine and two
-numbers a group: 1 unit, and none where the operator before this one has saved its output anyway.
+sees one reading: 2 and 3 units. These are counts, not timings.
 
 A group is D = C/G channels of S = H·W positions. Programs walk over it in tiles of (BLOCK_D, BLOCK_S) values. Channels
 are `along_c` values apart and positions `along_s`: (S, 1) when contiguous, (1, C) in channels_last. That is all the
@@ -31,7 +30,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Triton's own `tl.sum` is interpreted only if the variable was set before anything imported Triton. This always is.
 from triton.language.standard import _sum_combine
@@ -194,37 +192,10 @@ def _backward(x, scale, shift, means, rstds, g_up, g_low, g_x, g_scale, g_shift,
             tl.store(g_x + at, g_x_tile, mask=inside)
 
 
-class _Reconstruct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, scale, shift, gn_groups, eps, threshold, soft):
-        x, scale, shift = x.contiguous(memory_format=_memory_format(x)), scale.contiguous(), shift.contiguous()
-        up, low = (_empty_like(x, channels=x.shape[1] // 2) for _ in range(2))
-        wide = torch.promote_types(x.dtype, torch.float32)
-        means, rstds = (torch.empty(x.shape[0], gn_groups, dtype=wide, device=x.device) for _ in range(2))
-        _launch(_forward, x, gn_groups, x, scale, shift, up, low, means, rstds, eps=eps, threshold=threshold, SOFT=soft)
-        ctx.save_for_backward(x, scale, shift, means, rstds)
-        ctx.gn_groups, ctx.gate = gn_groups, {"threshold": threshold, "SOFT": soft}
-        return up, low
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g_up, g_low):
-        x, scale, shift, means, rstds = ctx.saved_tensors
-        g_up, g_low = (g.contiguous(memory_format=_memory_format(x)) for g in (g_up, g_low))
-        g_x = _empty_like(x, channels=x.shape[1])
-        g_scale, g_shift = (means.new_empty(x.shape[:2]) for _ in range(2))
-        tensors = (x, scale, shift, means, rstds, g_up, g_low, g_x, g_scale, g_shift)
-        _launch(_backward, x, ctx.gn_groups, *tensors, **ctx.gate)
-        if not ctx.gate["SOFT"]:  # the hard gate is piecewise constant
-            return g_x, None, None, None, None, None, None
-        # Summed here rather than by atomic additions, which would differ from run to run.
-        return g_x, g_scale.sum(0).to(scale.dtype), g_shift.sum(0).to(shift.dtype), None, None, None, None
-
-
 def reconstruct(
     x: Tensor, scale: Tensor, shift: Tensor, gn_groups: int, eps: float, threshold: float, soft: bool
-) -> tuple[Tensor, Tensor]:
-    """Both halves of the SRU's output, Eq. (1)-(4).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both halves of the SRU's output, Eq. (1)-(4), and the statistics that `reconstruct_backward` needs.
 
     Args:
         x: (N, C, H, W), contiguous or channels_last (else it is copied), in float16, bfloat16, float32 or float64.
@@ -232,20 +203,41 @@ def reconstruct(
         gn_groups: G, even.
         eps: ε of the group norm.
         threshold: of z, not of its sigmoid.
-        soft: W1 = 1 and W2 = 0 where z > threshold, both σ(z) elsewhere; if false, W1 = 0 and W2 = 1 elsewhere, and
-            scale and shift get no gradient.
+        soft: W1 = 1 and W2 = 0 where z > threshold, both σ(z) elsewhere; if false, W1 = 0 and W2 = 1 elsewhere.
 
     Returns:
         With h = C/2 and c < h, W1[c] x[c] + W2[c + h] x[c + h] and W2[c] x[c] + W1[c + h] x[c + h]; each (N, C/2, H, W)
-        in the precision and memory format of x.
+        in the precision and memory format of x. Mean and 1/σ of each group, (N, G).
 
     Raises:
         ValueError: x or gn_groups are not what the kernels can take, see `supports`.
-        RuntimeError: in a second backward; only first derivatives are there.
     """
     if reason := supports(x, gn_groups):
         raise ValueError(reason)
-    return _Reconstruct.apply(x, scale, shift, gn_groups, eps, threshold, soft)
+    x = x.contiguous(memory_format=_memory_format(x))
+    up, low = (_empty_like(x, channels=x.shape[1] // 2) for _ in range(2))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mean, rstd = (torch.empty(x.shape[0], gn_groups, dtype=wide, device=x.device) for _ in range(2))
+    tensors = (x, scale.contiguous(), shift.contiguous(), up, low, mean, rstd)
+    _launch(_forward, x, gn_groups, *tensors, eps=eps, threshold=threshold, SOFT=soft)
+    return up, low, mean, rstd
+
+
+def reconstruct_backward(
+    x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor, g_up: Tensor, g_low: Tensor,
+    threshold: float, soft: bool, out: Tensor,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Gradients by x, into `out`, and by scale and shift, from those by both halves; else as `reconstruct`.
+
+    `out` is contiguous or channels_last and has the precision of x. The hard gate is piecewise constant: scale and
+    shift have no gradient.
+    """
+    x, g_up, g_low = (t.contiguous(memory_format=_memory_format(out)) for t in (x, g_up, g_low))
+    g_scale, g_shift = (mean.new_empty(x.shape[:2]) for _ in range(2))
+    tensors = (x, scale.contiguous(), shift.contiguous(), mean, rstd, g_up, g_low, out, g_scale, g_shift)
+    _launch(_backward, out, mean.shape[1], *tensors, threshold=threshold, SOFT=soft)
+    # Summed here rather than by atomic additions, which would differ from run to run.
+    return (g_scale.sum(0), g_shift.sum(0)) if soft else None
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
