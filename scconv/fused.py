@@ -24,7 +24,7 @@ from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from scconv import kernels
-from scconv.eager import EagerSCConv, Plan, at_centre, split
+from scconv.eager import EagerSCConv, Plan, at_centre, memory_format_of, rows, split
 
 if TYPE_CHECKING:
     from scconv.layers import CRU, SRU, SCConv
@@ -139,11 +139,13 @@ def gate_halves(x: Tensor, factor: Tensor, offset: Tensor) -> Iterator[tuple[Ten
 
 
 class Reconstruct(torch.autograd.Function):
-    """Eq. (1)-(4): both halves of X^w, each (N, C/2, H, W), from x (N, C, H, W)."""
+    """Eq. (1)-(4): both halves of X^w, each (N, C/2, H, W), from x (N, C, H, W) and the statistics of its groups.
+
+    The backward pass includes the way back through the statistics.
+    """
 
     @staticmethod
-    def forward(ctx, x, scale, shift, plan):
-        mean, rstd = group_statistics(x, plan.gn_groups, plan.eps)
+    def forward(ctx, x, scale, shift, mean, rstd, plan):
         spread = per_group(scale, plan.gn_groups)
         factor, offset = rstd @ spread, torch.addmm(shift, mean * rstd, spread, alpha=-1)
         ctx.save_for_backward(x, scale, mean, rstd, factor, offset)
@@ -177,7 +179,7 @@ class Reconstruct(torch.autograd.Function):
             sums_x.append((g_z * x_half).sum((2, 3)))
             direct.append(torch.where(z > plan.threshold, g, below) + factor_half * g_z)
         if not plan.soft:
-            return torch.cat(direct, dim=1), None, None, None
+            return torch.cat(direct, dim=1), None, None, None, None, None
         # Back through the group norm: with g' = scale · g_z, what each group's mean and variance pass on.
         n, channels, height, width = x.shape
         sums = torch.cat(sums, dim=1).view(n, groups, channels // groups)
@@ -190,59 +192,63 @@ class Reconstruct(torch.autograd.Function):
         parts = ((slope @ spread)[:, :, None, None], (level @ spread)[:, :, None, None], x)
         halves = zip(direct, *(part.chunk(2, dim=1) for part in parts), strict=True)
         g_x = [g + half_slope * half + half_level for g, half_slope, half_level, half in halves]
-        return torch.cat(g_x, dim=1), sums_norm.sum(0).flatten(), sums.sum(0).flatten(), None
+        return torch.cat(g_x, dim=1), sums_norm.sum(0).flatten(), sums.sum(0).flatten(), None, None, None
 
 
-def compiled_scconv(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower, plan):
-    """Eq. (1)-(9) in operators that a compiler fuses."""
+def reconstruct(x: Tensor, scale: Tensor, shift: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Both halves of X^w. A compiler would keep them for the backward pass: here they are made again, from x."""
+    mean, rstd = group_statistics(x.detach(), plan.gn_groups, plan.eps)  # the way back through them is in Reconstruct
 
-    def separate_and_squeeze(x, *tensors):
-        return squeeze(*Reconstruct.apply(x, *tensors[:2], plan), *tensors[2:], plan)
+    def halves(*tensors):
+        return Reconstruct.apply(*tensors, plan)
 
-    tensors = x.to(scale.dtype), scale, shift, squeeze_up, squeeze_low, lower
-    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
-        # A compiler would keep X^w for the backward pass. To make it again from x, which is kept, takes no longer.
-        squeezed = checkpoint(separate_and_squeeze, *tensors, use_reentrant=False, preserve_rng_state=False)
-    else:
-        squeezed = separate_and_squeeze(*tensors)
-    return transform_and_fuse(*squeezed, gwc, pwc_up, bias, plan)
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return halves(x, scale, shift, mean, rstd)
+    return checkpoint(halves, x, scale, shift, mean, rstd, use_reentrant=False, preserve_rng_state=False)
 
 
-NARROW = 256  # channels, at most; beyond, products of weights cost more than the passes that they save
+NARROW = 128  # channels, at most; beyond, products of weights cost more than the passes that they save
 
 
-def squeeze(up, low, squeeze_up, squeeze_low, lower, plan):
-    """X_up, Y2 of Eq. (6) and its mean S2 of Eq. (7), from both halves of X^w."""
-    dtype = squeeze_up.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    up, low = split(up, low, plan.up_channels)
-    x_up, low = F.conv2d(up.to(dtype), squeeze_up), at_centre(low, plan).to(dtype)
+def compiled_scconv(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower, plan, norm=None):
+    """Eq. (1)-(9) in operators that a compiler fuses. `norm` is as in `eager.forward_pass`."""
+    wide, dtype = scale.dtype, gwc.dtype
+    up, low = split(*reconstruct(x.to(wide), scale, shift, plan), plan.up_channels)  # (1)-(4)
+    x_up, low = pointwise(up.to(dtype), squeeze_up), at_centre(low, plan).to(dtype)
     if len(lower) <= NARROW:
         lower = lower.to(wide) @ squeeze_low.flatten(1).to(wide)  # two 1×1 convolutions as one
     else:
-        low = F.conv2d(low, squeeze_low)
-    y2 = F.conv2d(low, lower[:, :, None, None].to(dtype))
-    return x_up, y2, low.mean((2, 3), dtype=wide) @ lower.to(wide).t()  # averaging is linear
-
-
-def transform_and_fuse(x_up, y2, s2, gwc, pwc_up, bias, plan, norm=None):
-    """Eq. (5)-(9), from what `squeeze` returns. `norm` is as in `eager.forward_pass`."""
+        low = pointwise(low, squeeze_low)
     y1 = F.conv2d(x_up, gwc, bias, plan.stride, plan.padding, plan.dilation, plan.groups)
-    y1 = y1 + F.conv2d(at_centre(x_up, plan), pwc_up)  # (5)
-    difference = (mean_y1(y1, x_up, gwc, pwc_up, bias, plan) - s2)[:, :, None, None]  # (7)
-    beta1 = torch.sigmoid(difference if norm is None else difference * norm[0]).to(y1.dtype)  # (8)
-    y = y2 + beta1 * (y1 - y2)  # (9)
+    y1 = y1 + pointwise(at_centre(x_up, plan), pwc_up)  # (5)
+    y2 = pointwise(low, lower.to(dtype))  # (6)
+    d = y1 - y2
+    if torch.is_grad_enabled():
+        difference = d.mean((2, 3), dtype=wide)  # (7)
+    else:  # without a pass over Y1 and Y2, so that they need not be whole before β1 is known
+        difference = mean_y1(y1, x_up, gwc, pwc_up, bias, plan) - low.mean((2, 3), dtype=wide) @ lower.to(wide).t()
+    difference = difference[:, :, None, None]
+    beta1 = torch.sigmoid(difference if norm is None else difference * norm[0]).to(dtype)  # (8)
+    y = y2 + beta1 * d  # (9)
     return y if norm is None else y + norm[1]
+
+
+def pointwise(x, weight):
+    """A 1×1 convolution. In channels_last it is one product of matrices, whose backward pass is faster so."""
+    if memory_format_of(x) != torch.channels_last:
+        return F.conv2d(x, weight.reshape(*weight.shape[:2], 1, 1))
+    y = rows(x) @ weight.flatten(1).t()
+    return y.unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2)
 
 
 def mean_y1(y1, x_up, gwc, pwc_up, bias, plan):
     """S1 of Eq. (7), (N, C2)."""
     wide = torch.promote_types(y1.dtype, torch.float32)
     small = plan.padding == plan.stride == plan.dilation == (1, 1) and gwc.shape[2:] == (3, 3)
-    if torch.is_grad_enabled() or not small or len(gwc) > NARROW:
+    if not small or len(gwc) > NARROW:
         return y1.mean((2, 3), dtype=wide)
-    # From X_up, a quarter of Y1's size, so that Y1 need not be whole before β1 is known. Each of the kernel's nine
-    # places sees all positions but a row or a column at the border. In training the way back costs what this saves.
+    # From X_up, a quarter of Y1's size. Each of the kernel's nine places sees all positions but a row or a column at
+    # the border. In training the way back costs what this saves.
     x = x_up.to(wide)
     everything, nothing = x.sum((2, 3)), torch.zeros_like(x[:, :, 0, 0])
     without_row = x[:, :, -1].sum(2), nothing, x[:, :, 0].sum(2)  # above, in the middle, below

@@ -46,16 +46,15 @@ class FoldedSCConv(nn.Module):
             return self.compute(x)
 
     def compute(self, x: Tensor) -> Tensor:
-        squeezes, convolutions = (self.squeeze_up, self.squeeze_low), (self.gwc, self.pwc_up, self.bias)
+        tensors = (
+            self.scale, self.shift, self.squeeze_up, self.squeeze_low, self.gwc, self.pwc_up, self.bias, self.lower,
+        )  # fmt: skip
         norm = self.back, self.offset
-        if is_compiling():
-            halves = fused.Reconstruct.apply(x.to(self.scale.dtype), self.scale, self.shift, self.plan)
-            squeezed = fused.squeeze(*halves, *squeezes, self.lower, self.plan)
-            return fused.transform_and_fuse(*squeezed, *convolutions, self.plan, norm=norm)
         with torch.no_grad():
+            if is_compiling():
+                return fused.compiled_scconv(x, *tensors, self.plan, norm=norm)
             x = x.contiguous(memory_format=memory_format_of(x))
-            rest = *squeezes, *convolutions, self.lower, fused.with_kernels(self.plan, x)
-            return forward_pass(x, self.scale, self.shift, *rest, norm=norm)[0]
+            return forward_pass(x, *tensors, fused.with_kernels(self.plan, x), norm=norm)[0]
 
 
 def affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
