@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PIECE_BYTES = 2**20  # of x in one piece; about five buffers of this size are in use at a time
+PIECE_BYTES = 2**22  # of x in one piece; about five buffers of this size are in use at a time
 aten = torch.ops.aten
 
 

@@ -139,15 +139,13 @@ def gate_halves(x: Tensor, factor: Tensor, offset: Tensor) -> Iterator[tuple[Ten
 
 
 class Reconstruct(torch.autograd.Function):
-    """Eq. (1)-(4): both halves of X^w, each (N, C/2, H, W), from x (N, C, H, W) and the statistics of its groups.
+    """Eq. (1)-(4): both halves of X^w, each (N, C/2, H, W), from x (N, C, H, W) and z = factor · x + offset.
 
-    The backward pass includes the way back through the statistics.
+    The backward pass is that of the group norm: by x, scale and shift, through the statistics of x.
     """
 
     @staticmethod
-    def forward(ctx, x, scale, shift, mean, rstd, plan):
-        spread = per_group(scale, plan.gn_groups)
-        factor, offset = rstd @ spread, torch.addmm(shift, mean * rstd, spread, alpha=-1)
+    def forward(ctx, x, scale, shift, mean, rstd, factor, offset, plan):
         ctx.save_for_backward(x, scale, mean, rstd, factor, offset)
         ctx.plan = plan
         informative, rest = [], []
@@ -179,7 +177,7 @@ class Reconstruct(torch.autograd.Function):
             sums_x.append((g_z * x_half).sum((2, 3)))
             direct.append(torch.where(z > plan.threshold, g, below) + factor_half * g_z)
         if not plan.soft:
-            return torch.cat(direct, dim=1), None, None, None, None, None
+            return torch.cat(direct, dim=1), *[None] * 7
         # Back through the group norm: with g' = scale · g_z, what each group's mean and variance pass on.
         n, channels, height, width = x.shape
         sums = torch.cat(sums, dim=1).view(n, groups, channels // groups)
@@ -192,19 +190,22 @@ class Reconstruct(torch.autograd.Function):
         parts = ((slope @ spread)[:, :, None, None], (level @ spread)[:, :, None, None], x)
         halves = zip(direct, *(part.chunk(2, dim=1) for part in parts), strict=True)
         g_x = [g + half_slope * half + half_level for g, half_slope, half_level, half in halves]
-        return torch.cat(g_x, dim=1), sums_norm.sum(0).flatten(), sums.sum(0).flatten(), None, None, None
+        return torch.cat(g_x, dim=1), sums_norm.sum(0).flatten(), sums.sum(0).flatten(), *[None] * 5
 
 
 def reconstruct(x: Tensor, scale: Tensor, shift: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Both halves of X^w. A compiler would keep them for the backward pass: here they are made again, from x."""
-    mean, rstd = group_statistics(x.detach(), plan.gn_groups, plan.eps)  # the way back through them is in Reconstruct
+    mean, rstd = group_statistics(x.detach(), plan.gn_groups, plan.eps)
+    spread = per_group(scale.detach(), plan.gn_groups)
+    factor, offset = rstd @ spread, torch.addmm(shift.detach(), mean * rstd, spread, alpha=-1)
 
     def halves(*tensors):
         return Reconstruct.apply(*tensors, plan)
 
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():
-        return halves(x, scale, shift, mean, rstd)
-    return checkpoint(halves, x, scale, shift, mean, rstd, use_reentrant=False, preserve_rng_state=False)
+        return halves(x, scale, shift, mean, rstd, factor, offset)
+    tensors = x, scale, shift, mean, rstd, factor, offset
+    return checkpoint(halves, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
 NARROW = 128  # channels, at most; beyond, products of weights cost more than the passes that they save
