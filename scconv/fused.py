@@ -198,40 +198,14 @@ def reconstruct(x: Tensor, scale: Tensor, shift: Tensor, plan: Plan) -> tuple[Te
     mean, rstd = group_statistics(x.detach(), plan.gn_groups, plan.eps)
     spread = per_group(scale.detach(), plan.gn_groups)
     factor, offset = rstd @ spread, torch.addmm(shift.detach(), mean * rstd, spread, alpha=-1)
+    tensors = x, scale, shift, mean, rstd, factor, offset
 
     def halves(*tensors):
         return Reconstruct.apply(*tensors, plan)
 
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
-        return halves(x, scale, shift, mean, rstd, factor, offset)
-    tensors = x, scale, shift, mean, rstd, factor, offset
-    return checkpoint(halves, *tensors, use_reentrant=False, preserve_rng_state=False)
-
-
-NARROW = 128  # channels, at most; beyond, products of weights cost more than the passes that they save
-
-
-def compiled_scconv(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower, plan, norm=None):
-    """Eq. (1)-(9) in operators that a compiler fuses. `norm` is as in `eager.forward_pass`."""
-    wide, dtype = scale.dtype, gwc.dtype
-    up, low = split(*reconstruct(x.to(wide), scale, shift, plan), plan.up_channels)  # (1)-(4)
-    x_up, low = pointwise(up.to(dtype), squeeze_up), at_centre(low, plan).to(dtype)
-    if len(lower) <= NARROW:
-        lower = lower.to(wide) @ squeeze_low.flatten(1).to(wide)  # two 1×1 convolutions as one
-    else:
-        low = pointwise(low, squeeze_low)
-    y1 = F.conv2d(x_up, gwc, bias, plan.stride, plan.padding, plan.dilation, plan.groups)
-    y1 = y1 + pointwise(at_centre(x_up, plan), pwc_up)  # (5)
-    y2 = pointwise(low, lower.to(dtype))  # (6)
-    d = y1 - y2
-    if torch.is_grad_enabled():
-        difference = d.mean((2, 3), dtype=wide)  # (7)
-    else:  # without a pass over Y1 and Y2, so that they need not be whole before β1 is known
-        difference = mean_y1(y1, x_up, gwc, pwc_up, bias, plan) - low.mean((2, 3), dtype=wide) @ lower.to(wide).t()
-    difference = difference[:, :, None, None]
-    beta1 = torch.sigmoid(difference if norm is None else difference * norm[0]).to(dtype)  # (8)
-    y = y2 + beta1 * d  # (9)
-    return y if norm is None else y + norm[1]
+    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        return checkpoint(halves, *tensors, use_reentrant=False, preserve_rng_state=False)
+    return halves(*tensors)
 
 
 def pointwise(x, weight):
@@ -242,26 +216,16 @@ def pointwise(x, weight):
     return y.unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2)
 
 
-def mean_y1(y1, x_up, gwc, pwc_up, bias, plan):
-    """S1 of Eq. (7), (N, C2)."""
-    wide = torch.promote_types(y1.dtype, torch.float32)
-    small = plan.padding == plan.stride == plan.dilation == (1, 1) and gwc.shape[2:] == (3, 3)
-    if not small or len(gwc) > NARROW:
-        return y1.mean((2, 3), dtype=wide)
-    # From X_up, a quarter of Y1's size. Each of the kernel's nine places sees all positions but a row or a column at
-    # the border. In training the way back costs what this saves.
-    x = x_up.to(wide)
-    everything, nothing = x.sum((2, 3)), torch.zeros_like(x[:, :, 0, 0])
-    without_row = x[:, :, -1].sum(2), nothing, x[:, :, 0].sum(2)  # above, in the middle, below
-    without_column = x[:, :, :, -1].sum(2), nothing, x[:, :, :, 0].sum(2)
-    corners = (
-        (x[:, :, -1, -1], nothing, x[:, :, -1, 0]),
-        (nothing, nothing, nothing),
-        (x[:, :, 0, -1], nothing, x[:, :, 0, 0]),
-    )  # taken away twice
-    seen = [everything - without_row[i] - without_column[j] + corners[i][j] for i in range(3) for j in range(3)]
-    seen = torch.stack(seen, dim=2).unflatten(1, (plan.groups, -1)).flatten(2)  # (N, g, αC1/(r g) · 9)
-    weight = gwc.to(wide).flatten(1).unflatten(0, (plan.groups, -1))  # (g, C2/g, αC1/(r g) · 9)
-    total = torch.einsum("ngk,gck->ngc", seen, weight).flatten(1) + everything @ pwc_up.to(wide).flatten(1).t()
-    mean = total / x.shape[2:].numel()
-    return mean if bias is None else mean + bias.to(wide)
+def compiled_scconv(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower, plan, norm=None):
+    """Eq. (1)-(9) in operators that a compiler fuses. `norm` is as in `eager.forward_pass`."""
+    wide, dtype = scale.dtype, gwc.dtype
+    up, low = split(*reconstruct(x.to(wide), scale, shift, plan), plan.up_channels)  # (1)-(4)
+    x_up, x_low = pointwise(up.to(dtype), squeeze_up), pointwise(at_centre(low, plan).to(dtype), squeeze_low)
+    y1 = F.conv2d(x_up, gwc, bias, plan.stride, plan.padding, plan.dilation, plan.groups)
+    y1 = y1 + pointwise(at_centre(x_up, plan), pwc_up)  # (5)
+    y2 = pointwise(x_low, lower)  # (6)
+    d = y1 - y2
+    difference = d.mean((2, 3), keepdim=True, dtype=wide)  # (7)
+    beta1 = torch.sigmoid(difference if norm is None else difference * norm[0]).to(dtype)  # (8)
+    y = y2 + beta1 * d  # (9)
+    return y if norm is None else y + norm[1]

@@ -80,7 +80,6 @@ SHAPES = [
     ((2, 16, 9, 9), 16, {"kernel_size": 5, "dilation": 2}, "a wide kernel"),
     ((2, 16, 6, 6), 16, {"gate": "hard"}, "the gate has no gradient"),
     ((2, 16, 6, 6), 16, {"fusion": "global"}, "the popular fusion"),
-    ((2, 16, 3, 3), 320, {}, "more channels than the compiled form composes the lower branch for"),
     ((3, 16, 6, 6), 16, {"gate": "hard", "alpha": 0.75}, "halves that cross, in another split"),
     ((5, 24, 4, 4), 24, {"gn_groups": 3}, "an odd number of groups: the middle one is in both halves"),
     ((2, 16, 6, 6), 16, {"bias": True, "gate_threshold": 0.51, "gn_groups": 8}, "options that move the gate"),
