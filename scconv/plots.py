@@ -1,6 +1,9 @@
-"""The house style of the figures: one look, and one colour for one kind of network on every page."""
+"""The house style of the figures: one look, one colour for one kind of network, and the figure that two pages share."""
 
+import matplotlib.pyplot as plt
+import pandas as pd
 import seaborn
+from matplotlib.figure import Figure
 
 # The colours of Okabe and Ito, which stay apart for colour-blind readers. Names that contain others come first.
 COLOURS = {
@@ -18,6 +21,20 @@ COLOURS = {
 def colour_of(model_name: str) -> str:
     """The colour of a model's family: that of `scconv_resnet50` is SCConv's, that of `resnet50` the baseline's."""
     return next((colour for family, colour in COLOURS.items() if family in model_name), COLOURS["baseline"])
+
+
+def draw_learning_curves(curves: pd.DataFrame) -> Figure:
+    """Test top-1 (%) against the epoch, a line for each network and seed of what `results.learning_curves` returns.
+
+    The colour is the family's. Dashes are seed 1, dots further seeds, dashes and dots the hard gate.
+    """
+    fig, ax = plt.subplots(figsize=(6.5, 5.8))
+    for (network, seed), run in curves.groupby(["network", "seed"], sort=False):
+        style = "-." if "gate=hard" in network else {0: "-", 1: "--"}.get(seed, ":")
+        ax.plot(run["epoch"], 100 * run["test_top1"], style, color=colour_of(network), label=f"{network}, seed {seed}")
+    ax.set(xlabel="epoch", ylabel="test top-1 (%)", ylim=(0, None))
+    fig.legend(loc="outside lower center")  # inside, it would hide curves
+    return fig
 
 
 def use_house_style() -> None:

@@ -1,9 +1,10 @@
 """The house style: one colour for one kind of network, and text that a phone can show."""
 
 import matplotlib as mpl
+import pandas as pd
 import pytest
 
-from scconv.plots import COLOURS, colour_of, use_house_style
+from scconv.plots import COLOURS, colour_of, draw_learning_curves, use_house_style
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,16 @@ def test_a_family_has_one_colour(model_name, family):
 
 def test_no_two_families_share_a_colour():
     assert len(set(COLOURS.values())) == len(COLOURS)
+
+
+def test_a_run_is_a_line_and_says_which():
+    rows = [("resnet20", 0), ("resnet20", 1), ("resnet20", 2), ("scconv_resnet20, gate=hard", 0)]
+    curves = [{"network": n, "seed": s, "epoch": e, "test_top1": e / 4} for n, s in rows for e in (1, 2)]
+    lines = draw_learning_curves(pd.DataFrame(curves)).axes[0].lines
+    assert [line.get_label() for line in lines] == [f"{network}, seed {seed}" for network, seed in rows]
+    assert [line.get_linestyle() for line in lines] == ["-", "--", ":", "-."]
+    assert [line.get_color() for line in lines] == [COLOURS["baseline"]] * 3 + [COLOURS["scconv"]]
+    assert all(line.get_ydata().tolist() == [25, 50] for line in lines)  # percent
 
 
 def test_text_is_legible_on_a_phone():
