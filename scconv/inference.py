@@ -80,6 +80,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: torch.fx cannot follow the model's forward, so what stands behind what is not known.
     """
+    if isinstance(model, SCConv):  # torch.fx looks into modules, and this one is to stay whole
+        return fuse_for_inference(nn.Sequential(model))[0]
     model = copy.deepcopy(model).eval()
     try:
         graph = Tracer().trace(model)

@@ -55,6 +55,13 @@ def test_computes_the_same(name, options, norms_left, memory_format):
     assert count(fused, FoldedSCConv) == count(model, SCConv)
 
 
+def test_takes_a_layer_alone():
+    layer, x = SCConv(8, 8, dtype=torch.float64), torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    fused = fuse_for_inference(layer)
+    assert type(fused) is FoldedSCConv
+    assert_close(fused(x), layer(x).detach(), rtol=1e-10, atol=1e-10)
+
+
 def test_computes_the_same_for_a_compiler():
     model = with_a_past(build_model("scconv_resnet20"))
     fused = fuse_for_inference(model)

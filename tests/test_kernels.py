@@ -350,7 +350,7 @@ def test_a_layer_takes_the_kernels_where_it_can(monkeypatch):
             layer(x)
         SCConv(12, 12, gn_groups=3, groups=1, dtype=torch.float64)(x[:, :12])  # not an even number of groups
         assert not calls
-        folded = fuse_for_inference(torch.nn.Sequential(layer))
+        folded = fuse_for_inference(layer)
         folded(x)
         assert calls == ["reconstruct"]
     folded(x)
