@@ -208,8 +208,8 @@ def reconstruct(x: Tensor, scale: Tensor, shift: Tensor, plan: Plan) -> tuple[Te
     return halves(*tensors)
 
 
-def pointwise(x, weight):
-    """A 1×1 convolution. In channels_last it is one product of matrices, whose backward pass is faster so."""
+def pointwise(weight: Tensor, x: Tensor) -> Tensor:
+    """A 1×1 convolution of x (N, C1, H, W). In channels_last it is a matrix product, whose backward pass is faster."""
     if memory_format_of(x) != torch.channels_last:
         return F.conv2d(x, weight.reshape(*weight.shape[:2], 1, 1))
     y = rows(x) @ weight.flatten(1).t()
@@ -220,10 +220,10 @@ def compiled_scconv(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias,
     """Eq. (1)-(9) in operators that a compiler fuses. `norm` is as in `eager.forward_pass`."""
     wide, dtype = scale.dtype, gwc.dtype
     up, low = split(*reconstruct(x.to(wide), scale, shift, plan), plan.up_channels)  # (1)-(4)
-    x_up, x_low = pointwise(up.to(dtype), squeeze_up), pointwise(at_centre(low, plan).to(dtype), squeeze_low)
+    x_up, x_low = pointwise(squeeze_up, up.to(dtype)), pointwise(squeeze_low, at_centre(low, plan).to(dtype))
     y1 = F.conv2d(x_up, gwc, bias, plan.stride, plan.padding, plan.dilation, plan.groups)
-    y1 = y1 + pointwise(at_centre(x_up, plan), pwc_up)  # (5)
-    y2 = pointwise(x_low, lower)  # (6)
+    y1 = y1 + pointwise(pwc_up, at_centre(x_up, plan))  # (5)
+    y2 = pointwise(lower, x_low)  # (6)
     d = y1 - y2
     difference = d.mean((2, 3), keepdim=True, dtype=wide)  # (7)
     beta1 = torch.sigmoid(difference if norm is None else difference * norm[0]).to(dtype)  # (8)
