@@ -89,7 +89,7 @@ SHAPES = [
 @pytest.mark.parametrize("size", [(5, 7), (1, 1), (1, 6), (6, 2)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"groups": 1}, {"stride": 2}, {"kernel_size": 5}], ids=str)
 def test_equals_the_text_without_gradients(size, options):
-    # A compiler gets another formula for the mean of Y1 then.
+    # Nothing is kept then, so the compiled form needs no checkpoint.
     layer, x = build(16, 24, **options), randn(3, 16, *size)
     with torch.no_grad():
         assert_close(for_a_compiler(layer)(x), text(layer)(x), **EXACT)
