@@ -24,7 +24,7 @@ from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from scconv import kernels
-from scconv.eager import EagerSCConv, Plan, at_centre, memory_format_of, rows, split
+from scconv.eager import EagerSCConv, Plan, at_centre, memory_format_of, rows
 
 if TYPE_CHECKING:
     from scconv.layers import CRU, SRU, SCConv
@@ -96,15 +96,17 @@ def scconv_forward(sru: "SRU", cru: "CRU", x: Tensor) -> Tensor:
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     tensors, plan = read_layer(sru, cru, torch.promote_types(x.dtype, torch.float32), dtype)
+    plan = plan_for(plan, x)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         if is_compiling():
             return compiled_scconv(x, *tensors, plan)
-        return EagerSCConv.apply(x, *tensors, with_kernels(plan, x))
+        return EagerSCConv.apply(x, *tensors, plan)
 
 
-def with_kernels(plan: Plan, x: Tensor) -> Plan:
-    """The plan, with Triton kernels for the SRU where they can be used."""
-    return plan._replace(triton=not _wanted["stock"] and kernels.supports(x, plan.gn_groups) is None)
+def plan_for(plan: Plan, x: Tensor) -> Plan:
+    """The plan for x: in its memory format, and with Triton kernels for the SRU where they can be used."""
+    triton = not (is_compiling() or _wanted["stock"]) and kernels.supports(x, plan.gn_groups) is None
+    return plan._replace(memory_format=memory_format_of(x), triton=triton)
 
 
 # ---- for a compiler ------------------------------------------------------------------------------------------------
@@ -206,6 +208,14 @@ def reconstruct(x: Tensor, scale: Tensor, shift: Tensor, plan: Plan) -> tuple[Te
     if torch.is_grad_enabled() and not torch.compiler.is_exporting():
         return checkpoint(halves, *tensors, use_reentrant=False, preserve_rng_state=False)
     return halves(*tensors)
+
+
+def split(up: Tensor, low: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """The same channels, split so that the first part has `channels` of them."""
+    if up.shape[1] == channels:
+        return up, low
+    parts = torch.cat([up, low], dim=1).tensor_split([channels], dim=1)
+    return tuple(part.contiguous(memory_format=memory_format_of(up)) for part in parts)
 
 
 def pointwise(weight: Tensor, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from scconv import fused
-from scconv.eager import forward_pass, memory_format_of
+from scconv.eager import forward_pass
 from scconv.layers import SCConv
 
 
@@ -49,12 +49,12 @@ class FoldedSCConv(nn.Module):
         tensors = (
             self.scale, self.shift, self.squeeze_up, self.squeeze_low, self.gwc, self.pwc_up, self.bias, self.lower,
         )  # fmt: skip
-        norm = self.back, self.offset
+        norm, plan = (self.back, self.offset), fused.plan_for(self.plan, x)
         with torch.no_grad():
             if is_compiling():
-                return fused.compiled_scconv(x, *tensors, self.plan, norm=norm)
-            x = x.contiguous(memory_format=memory_format_of(x))
-            return forward_pass(x, *tensors, fused.with_kernels(self.plan, x), norm=norm)[0]
+                return fused.compiled_scconv(x, *tensors, plan, norm=norm)
+            x = x.contiguous(memory_format=plan.memory_format)
+            return forward_pass(x, *tensors, plan, norm=norm)[0]
 
 
 def affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

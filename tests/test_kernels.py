@@ -57,18 +57,18 @@ class Reconstruct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, shift, gn_groups, threshold, soft):
         with interpreting():
-            up, low, mean, rstd = interpreted.reconstruct(x, scale, shift, gn_groups, EPS, threshold, soft)
+            x_w, mean, rstd = interpreted.reconstruct(x, scale, shift, gn_groups, EPS, threshold, soft)
         ctx.save_for_backward(x, scale, shift, mean, rstd)
         ctx.options = threshold, soft
-        return up, low
+        return x_w
 
     @staticmethod
-    def backward(ctx, g_up, g_low):
+    def backward(ctx, g):
         x = ctx.saved_tensors[0]
         dense = x.is_contiguous() or x.is_contiguous(memory_format=NHWC)
         g_x = torch.empty_like(x, memory_format=torch.preserve_format if dense else NCHW)
         with interpreting():
-            by_gate = interpreted.reconstruct_backward(*ctx.saved_tensors, g_up, g_low, *ctx.options, out=g_x)
+            by_gate = interpreted.reconstruct_backward(*ctx.saved_tensors, g, *ctx.options, out=g_x)
         return g_x, *(by_gate or (None, None)), None, None, None
 
 
@@ -89,7 +89,8 @@ def formula(x, scale, shift, gn_groups=4, threshold=0.0, soft=True):
     w1 = torch.where(informative, 1.0, torch.sigmoid(z)) if soft else informative.to(z.dtype)
     w2 = torch.where(informative, 0.0, torch.sigmoid(z)) if soft else 1 - w1
     h = x.shape[1] // 2
-    return w1[:, :h] * x[:, :h] + w2[:, h:] * x[:, h:], w2[:, :h] * x[:, :h] + w1[:, h:] * x[:, h:]
+    up, low = w1[:, :h] * x[:, :h] + w2[:, h:] * x[:, h:], w2[:, :h] * x[:, :h] + w1[:, h:] * x[:, h:]
+    return torch.cat([up, low], dim=1)
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -104,16 +105,14 @@ def inputs(shape, dtype=torch.float64, layout=torch.contiguous_format, seed=0):
 
 
 def run(function, x, scale, shift, **options):
-    """Both halves, and the gradients of x, scale and shift for random gradients of the halves.
+    """X^w, and the gradients of x, scale and shift for a random gradient of it.
 
-    The latter are numbers that every precision has, so that all runs get the same.
+    The latter is of numbers that every precision has, so that all runs get the same.
     """
     leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, scale, shift)]
-    halves = function(*leaves, **options)
-    gradients = [randn(*half.shape, seed=3 + i).bfloat16().to(half.dtype) for i, half in enumerate(halves)]
-    torch.autograd.backward(halves, gradients)
-    results = [half.detach() for half in halves] + [leaf.grad for leaf in leaves]
-    return dict(zip(("up", "low", "x", "scale", "shift"), results, strict=True))
+    x_w = function(*leaves, **options)
+    x_w.backward(randn(*x_w.shape, seed=3).bfloat16().to(x_w.dtype))
+    return dict(zip(("x_w", "x", "scale", "shift"), [x_w.detach()] + [leaf.grad for leaf in leaves], strict=True))
 
 
 def check(x, scale, shift, rtol=1e-10, atol=1e-10, gn_groups=4, threshold=0.0, soft=True):
@@ -134,7 +133,7 @@ def check(x, scale, shift, rtol=1e-10, atol=1e-10, gn_groups=4, threshold=0.0, s
     last = x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     assert last or x.is_contiguous()
-    assert all(actual[name].is_contiguous(memory_format=layout) for name in ("up", "low", "x"))
+    assert all(actual[name].is_contiguous(memory_format=layout) for name in ("x_w", "x"))
 
 
 SHAPES = [
@@ -214,8 +213,7 @@ def test_is_the_sru_of_the_package(gate, layout):
     plain = sru(x)
     gamma, beta = sru.gn.weight, sru.gn.bias
     w_gamma = gamma / gamma.sum()
-    halves = reconstruct(x, w_gamma * gamma, w_gamma * beta, threshold=math.log(0.51 / 0.49), soft=gate == "soft")
-    fast = torch.cat(halves, dim=1)
+    fast = reconstruct(x, w_gamma * gamma, w_gamma * beta, threshold=math.log(0.51 / 0.49), soft=gate == "soft")
     assert_close(fast, plain, rtol=1e-10, atol=1e-10)
     expected, actual = (torch.autograd.grad((y * v).sum(), leaves, allow_unused=True) for y in (plain, fast))
     assert (expected[1] is None) == (gate == "hard")
@@ -229,11 +227,11 @@ def test_takes_inputs_and_gradients_of_any_strides():
     check(strided.contiguous(), scale, shift)
     expected = run(reconstruct, strided.contiguous(), scale, shift)
     leaf = strided.requires_grad_()
-    up, low = reconstruct(leaf, scale, shift)
-    assert_close(up, expected["up"])
-    gradient = torch.ones(1, dtype=torch.float64).expand_as(up)  # all strides are 0, as behind a sum
-    ours = torch.autograd.grad([up, low], leaf, [gradient, 2 * gradient])
-    theirs = torch.autograd.grad(formula(leaf, scale, shift), leaf, [gradient, 2 * gradient])
+    x_w = reconstruct(leaf, scale, shift)
+    assert_close(x_w, expected["x_w"])
+    gradient = torch.arange(8.0, dtype=torch.float64)[:, None, None].expand_as(x_w)  # strides of 0, as behind a sum
+    ours = torch.autograd.grad(x_w, leaf, gradient)
+    theirs = torch.autograd.grad(formula(leaf, scale, shift), leaf, gradient)
     assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
@@ -280,11 +278,11 @@ def compile_kernel(module, name: str, dtype, layout, soft: bool, capability: int
 
     x, scale, _ = inputs((8, 64, 28, 28), dtype, layout)
     kernel, recorder = getattr(module, name), Recorder()
-    half, statistics, sums = x[:, :32].contiguous(memory_format=layout), torch.empty(8, 4), torch.empty(8, 64)
+    statistics, sums = torch.empty(8, 4), torch.empty(8, 64)
     if name == "_forward":
-        tensors, options = (x, scale, scale, half, half, statistics, statistics), {"eps": EPS}
+        tensors, options = (x, scale, scale, x, statistics, statistics), {"eps": EPS}
     else:
-        tensors, options = (x, scale, scale, statistics, statistics, half, half, x, sums, sums), {}
+        tensors, options = (x, scale, scale, statistics, statistics, x, x, sums, sums), {}
     module._launch(recorder, x, 4, *tensors, threshold=0.0, SOFT=soft, **options)
     arguments, options = recorder.launch
     warps = options.pop("num_warps")

@@ -9,10 +9,10 @@ statistics too, and no program waits for another:
               └─────────┼─────────┘         │                     program (n, 1) owns groups 1 and 3
                         └───────────────────┘
 
-What moves, in units of x, N·C·H·W values (the two halves together are one unit, as are their two gradients):
+What moves, in units of x, N·C·H·W values:
 
-    forward    reads x for the statistics, reads x for the gate, writes up and low                            3
-    backward   reads x and the gradients for the sums, reads both again, writes the gradient of x             5
+    forward    reads x for the statistics, reads x for the gate, writes X^w                                   3
+    backward   reads x and the gradient for the sums, reads both again, writes the gradient of x              5
                with the hard gate there are no sums: reads both once, writes                                  3
 
 A program's second reading follows right upon its first. Where its groups are still in a cache by then, the main memory
@@ -77,7 +77,7 @@ def _gate(x, mean, rstd, scale, shift, threshold: tl.constexpr, SOFT: tl.constex
 
 
 @triton.jit
-def _forward(x, scale, shift, up, low, means, rstds, pairs, D, S, along_c, along_s, along_s_half,
+def _forward(x, scale, shift, x_w, means, rstds, pairs, D, S, along_c, along_s,
              eps: tl.constexpr, threshold: tl.constexpr, SOFT: tl.constexpr, WIDE: tl.constexpr,
              BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
     n, pair = (tl.program_id(0) // pairs).to(tl.int64), tl.program_id(0) % pairs  # int64: a batch may be 2^31 values
@@ -85,7 +85,8 @@ def _forward(x, scale, shift, up, low, means, rstds, pairs, D, S, along_c, along
     half = pairs * D  # C/2
     first = which * half + pair * D  # each group's first channel
     x += n * (2 * half * S) + (first * along_c)[:, None, None]
-    up, low = up + n * (half * S) + pair * D * along_c, low + n * (half * S) + pair * D * along_c
+    up = x_w + n * (2 * half * S) + pair * D * along_c
+    low = up + half * along_c
 
     # Each tile's statistics are taken about its own mean and merged by Chan's formula. E[x²] - E[x]² would read as
     # much, and lose the variance where the mean is large.
@@ -120,17 +121,17 @@ def _forward(x, scale, shift, up, low, means, rstds, pairs, D, S, along_c, along
             in_first = (which == 0)[:, None, None]
             up_tile = _sum(tl.where(in_first, w1, w2) * x_tile, 0)  # (4), (d, s): W1 x of g and W2 x of g + G/2
             low_tile = _sum(tl.where(in_first, w2, w1) * x_tile, 0)
-            at = _offsets(d, s, along_c, along_s_half)
+            at = _offsets(d, s, along_c, along_s)
             tl.store(up + at, up_tile[None, :, :], mask=inside)
             tl.store(low + at, low_tile[None, :, :], mask=inside)
 
 
 @triton.jit
-def _backward(x, scale, shift, means, rstds, g_up, g_low, g_x, g_scale, g_shift,
-              pairs, D, S, along_c, along_s, along_s_half,
+def _backward(x, scale, shift, means, rstds, g, g_x, g_scale, g_shift, pairs, D, S, along_c, along_s,
               threshold: tl.constexpr, SOFT: tl.constexpr, WIDE: tl.constexpr,
               BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
-    """g_ is "gradient of". W1 x went to one half and W2 x to the other, whose gradients are g1 and g2. Then
+    """g is the gradient of X^w, g_ that of what follows. W1 x went to one half of X^w and W2 x to the other, whose
+    gradients are g1 and g2. Then
 
         g_z = σ'(z) x (g1 + g2) where the gate is soft and not informative, else 0
         g_shift = Σ g_z,  g_scale = Σ g_z x̂                              over the positions of one image
@@ -144,7 +145,8 @@ def _backward(x, scale, shift, means, rstds, g_up, g_low, g_x, g_scale, g_shift,
     first = which * half + pair * D
     to_groups = n * (2 * half * S) + (first * along_c)[:, None, None]
     x, g_x = x + to_groups, g_x + to_groups
-    g_up, g_low = g_up + n * (half * S) + pair * D * along_c, g_low + n * (half * S) + pair * D * along_c
+    g_up = g + n * (2 * half * S) + pair * D * along_c
+    g_low = g_up + half * along_c
     group = n * (2 * pairs) + pair + which * pairs
     mean, rstd = tl.load(means + group), tl.load(rstds + group)
 
@@ -158,9 +160,9 @@ def _backward(x, scale, shift, means, rstds, g_up, g_low, g_x, g_scale, g_shift,
             for s0 in range(0, S, BLOCK_S):
                 s = s0 + tl.arange(0, BLOCK_S)
                 inside = (d < D)[None, :, None] & (s < S)[None, None, :]
-                at, at_half = _offsets(d, s, along_c, along_s), _offsets(d, s, along_c, along_s_half)
+                at = _offsets(d, s, along_c, along_s)
                 x_tile = _load(x, at, inside, WIDE)
-                g1_and_g2 = _load(g_up, at_half, inside, WIDE) + _load(g_low, at_half, inside, WIDE)
+                g1_and_g2 = _load(g_up, at, inside, WIDE) + _load(g_low, at, inside, WIDE)
                 normal, _, w2 = _gate(x_tile, mean, rstd, scale_d, shift_d, threshold, SOFT)
                 g_z = w2 * (1 - w2) * x_tile * g1_and_g2  # W2 is σ(z), or 0 where informative
                 g_scales += g_z * normal
@@ -178,9 +180,9 @@ def _backward(x, scale, shift, means, rstds, g_up, g_low, g_x, g_scale, g_shift,
         for s0 in range(0, S, BLOCK_S):
             s = s0 + tl.arange(0, BLOCK_S)
             inside = (d < D)[None, :, None] & (s < S)[None, None, :]
-            at, at_half = _offsets(d, s, along_c, along_s), _offsets(d, s, along_c, along_s_half)
+            at = _offsets(d, s, along_c, along_s)
             x_tile = _load(x, at, inside, WIDE)
-            g_up_tile, g_low_tile = _load(g_up, at_half, inside, WIDE), _load(g_low, at_half, inside, WIDE)
+            g_up_tile, g_low_tile = _load(g_up, at, inside, WIDE), _load(g_low, at, inside, WIDE)
             normal, w1, w2 = _gate(x_tile, mean, rstd, scale_d, shift_d, threshold, SOFT)
             in_first = (which == 0)[:, None, None]
             g1, g2 = tl.where(in_first, g_up_tile, g_low_tile), tl.where(in_first, g_low_tile, g_up_tile)
@@ -194,8 +196,8 @@ def _backward(x, scale, shift, means, rstds, g_up, g_low, g_x, g_scale, g_shift,
 
 def reconstruct(
     x: Tensor, scale: Tensor, shift: Tensor, gn_groups: int, eps: float, threshold: float, soft: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both halves of the SRU's output, Eq. (1)-(4), and the statistics that `reconstruct_backward` needs.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The SRU's output X^w, Eq. (1)-(4), and the statistics that `reconstruct_backward` needs.
 
     Args:
         x: (N, C, H, W), contiguous or channels_last (else it is copied), in float16, bfloat16, float32 or float64.
@@ -206,8 +208,9 @@ def reconstruct(
         soft: W1 = 1 and W2 = 0 where z > threshold, both σ(z) elsewhere; if false, W1 = 0 and W2 = 1 elsewhere.
 
     Returns:
-        With h = C/2 and c < h, W1[c] x[c] + W2[c + h] x[c + h] and W2[c] x[c] + W1[c + h] x[c + h]; each (N, C/2, H, W)
-        in the precision and memory format of x. Mean and 1/σ of each group, (N, G).
+        X^w, (N, C, H, W), in the precision and memory format of x: with h = C/2 and c < h, its channel c is
+        W1[c] x[c] + W2[c + h] x[c + h] and its channel c + h is W2[c] x[c] + W1[c + h] x[c + h]. Mean and 1/σ of each
+        group, (N, G).
 
     Raises:
         ValueError: x or gn_groups are not what the kernels can take, see `supports`.
@@ -215,26 +218,26 @@ def reconstruct(
     if reason := supports(x, gn_groups):
         raise ValueError(reason)
     x = x.contiguous(memory_format=_memory_format(x))
-    up, low = (_empty_like(x, channels=x.shape[1] // 2) for _ in range(2))
     wide = torch.promote_types(x.dtype, torch.float32)
     mean, rstd = (torch.empty(x.shape[0], gn_groups, dtype=wide, device=x.device) for _ in range(2))
-    tensors = (x, scale.contiguous(), shift.contiguous(), up, low, mean, rstd)
+    x_w = torch.empty_like(x)
+    tensors = (x, scale.contiguous(), shift.contiguous(), x_w, mean, rstd)
     _launch(_forward, x, gn_groups, *tensors, eps=eps, threshold=threshold, SOFT=soft)
-    return up, low, mean, rstd
+    return x_w, mean, rstd
 
 
 def reconstruct_backward(
-    x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor, g_up: Tensor, g_low: Tensor,
-    threshold: float, soft: bool, out: Tensor,
+    x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor, g: Tensor, threshold: float, soft: bool,
+    out: Tensor,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """Gradients by x, into `out`, and by scale and shift, from those by both halves; else as `reconstruct`.
+    """Gradients by x, into `out`, and by scale and shift, from g, that by X^w; else as `reconstruct`.
 
     `out` is contiguous or channels_last and has the precision of x. The hard gate is piecewise constant: scale and
     shift have no gradient.
     """
-    x, g_up, g_low = (t.contiguous(memory_format=_memory_format(out)) for t in (x, g_up, g_low))
+    x, g = (t.contiguous(memory_format=_memory_format(out)) for t in (x, g))
     g_scale, g_shift = (mean.new_empty(x.shape[:2]) for _ in range(2))
-    tensors = (x, scale.contiguous(), shift.contiguous(), mean, rstd, g_up, g_low, out, g_scale, g_shift)
+    tensors = (x, scale.contiguous(), shift.contiguous(), mean, rstd, g, out, g_scale, g_shift)
     _launch(_backward, out, mean.shape[1], *tensors, threshold=threshold, SOFT=soft)
     # Summed here rather than by atomic additions, which would differ from run to run.
     return (g_scale.sum(0), g_shift.sum(0)) if soft else None
@@ -246,21 +249,16 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def _empty_like(x: Tensor, channels: int) -> Tensor:
-    shape = (x.shape[0], channels, *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
-
-
 def _launch(kernel, x: Tensor, gn_groups: int, *tensors: Tensor, **options) -> None:
     """Run `kernel` for each image and each pair of groups of x."""
     n, channels, height, width = x.shape
     d, s, pairs = channels // gn_groups, height * width, gn_groups // 2
     power_d, power_s = triton.next_power_of_2(d), triton.next_power_of_2(s)
     if _memory_format(x) == torch.channels_last:  # tiles as long as can be in memory's direction
-        steps, block_d = (1, channels, channels // 2), min(power_d, TILE)
+        steps, block_d = (1, channels), min(power_d, TILE)
         block_s = min(power_s, TILE // block_d)
     else:
-        steps, block_s = (s, 1, 1), min(power_s, TILE)
+        steps, block_s = (s, 1), min(power_s, TILE)
         block_d = min(power_d, TILE // block_s)
     warps = min(max(block_d * block_s // 256, 1), 8)  # 2 × 8 values a thread
     wide = tl.float64 if x.dtype == torch.float64 else tl.float32
