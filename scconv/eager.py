@@ -65,7 +65,7 @@ def in_pieces(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     size = max(1, len(x))
     if x.device.type == "cpu" and x.numel():
         size = max(1, PIECE_BYTES * torch.get_num_threads() * len(x) // (x.numel() * x.element_size()))
-    for first in range(0, len(x), size):
+    for first in range(0, max(1, len(x)), size):
         yield tuple(t[first : first + size] for t in (x, *others))
 
 
@@ -135,65 +135,59 @@ class Gated(NamedTuple):
     """What the backward pass of the SRU needs of some images; each (N, C, H, W) but the statistics, (N, gn_groups)."""
 
     z: Tensor  # the gate's logit
-    weight: Tensor  # σ(z); z itself where the gate is hard
-    rest: Tensor  # x where it is not informative, else 0
+    rest: Tensor  # W2 ⊗ X
     mean: Tensor
     rstd: Tensor
 
 
 def sru(x: Tensor, scale: Tensor, shift: Tensor, plan: Plan, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Eq. (1)-(4): X^w, (N, C, H, W), and what `sru_backward` needs, if that is to be kept."""
+    """Eq. (1)-(4): X^w, (N, C, H, W), and what `sru_backward` needs, which is spoilt if not `keep`."""
     if plan.triton:
         from scconv.kernels import sru as kernels  # imports Triton, which not every machine has
 
         x_w, *kept = kernels.reconstruct(x, scale, shift, plan.gn_groups, plan.eps, plan.threshold, plan.soft)
         return x_w, kept
-    x = x.to(scale.dtype)
+    x, t = x.to(scale.dtype), plan.threshold
     n, channels, height, width = x.shape
     z, mean, rstd = torch.native_group_norm(x, scale, shift, n, channels, height * width, plan.gn_groups, plan.eps)
-    # torch.where is a scalar loop on a processor. This is not, and also means: x where z > t, else 0.
-    x_w = aten.threshold_backward(x, z, plan.threshold)
-    rest = x - x_w
-    (up, low), (rest1, rest2) = x_w.chunk(2, dim=1), rest.chunk(2, dim=1)
-    if not plan.soft:
-        up.add_(rest2)
-        low.add_(rest1)
-        return x_w, Gated(z, z, rest, mean, rstd)
-    weight = torch.sigmoid(z) if keep else z.sigmoid_()
-    weight1, weight2 = weight.chunk(2, dim=1)
-    r = (rest1 * weight1).addcmul_(rest2, weight2)
-    up.add_(r)
-    low.add_(r)
-    return x_w, Gated(z, weight, rest, mean, rstd)
+    # torch.where is a scalar loop on a processor. These are not, whatever their names:
+    # threshold_backward(x, z, t) is x where z > t, else 0; softplus_backward(x, z, 1, t) is x where z > t, else x σ(z).
+    if plan.soft:
+        x_w = aten.softplus_backward(x, z, 1, t)  # W1 ⊗ X
+        rest = aten.threshold_backward(x, z, t, grad_input=torch.empty_like(z) if keep else z)
+        torch.sub(x_w, rest, out=rest)
+    else:
+        x_w = aten.threshold_backward(x, z, t)
+        rest = x - x_w
+    for half, other in zip(x_w.chunk(2, dim=1), reversed(rest.chunk(2, dim=1)), strict=True):
+        half.add_(other)  # (4)
+    return x_w, Gated(z, rest, mean, rstd)
 
 
-def sru_backward(x, scale, shift, kept, plan, g, out) -> tuple[Tensor, Tensor] | None:
-    """Gradients by x, into `out`, and by scale and shift, from g, that by X^w. Overwrites g and `kept`."""
+def sru_backward(x, scale, shift, kept, plan, g) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients by x, scale and shift, from g, that by X^w. Overwrites g and `kept`."""
     if plan.triton:
         from scconv.kernels import sru as kernels
 
-        return kernels.reconstruct_backward(x, scale, shift, *kept, g, plan.threshold, plan.soft, out)
-    x, g, (z, weight, rest, mean, rstd) = x.to(scale.dtype), g.to(scale.dtype), kept
+        return kernels.reconstruct_backward(x, scale, shift, *kept, g, plan.threshold, plan.soft)
+    x, g, (z, rest, mean, rstd) = x.to(scale.dtype), g.to(scale.dtype), kept
     g_up, g_low = g.chunk(2, dim=1)
     if not plan.soft:
         other = torch.cat([g_low, g_up], dim=1)  # what was not informative went to the other half
-        g.sub_(other)
-        out.copy_(aten.threshold_backward(g, z, plan.threshold, grad_input=g).add_(other))
-        return None
-    g_r = g_up + g_low
-    for half in rest.chunk(2, dim=1):
-        half.mul_(g_r)
-    g_z = aten.sigmoid_backward(rest, weight, grad_input=rest)
-    for half in weight.chunk(2, dim=1):
-        half.mul_(g_r)
-    # By x: g where informative, else σ(z) times the gradient of r; and what comes through z.
-    aten.threshold_backward(g.sub_(weight), z, plan.threshold, grad_input=g).add_(weight)
+        return aten.threshold_backward(g.sub_(other), z, plan.threshold, grad_input=g).add_(other), None, None
+    both = torch.empty_like(g)  # what was not informative went to both
+    for half in both.chunk(2, dim=1):
+        torch.add(g_up, g_low, out=half)
+    weight = torch.sigmoid(z)
+    rest.mul_(both)
+    g_z = rest.addcmul_(rest, weight, value=-1)  # x σ(z) (1 - σ(z)) where not informative, times both
+    below = weight.mul_(both)
+    aten.threshold_backward(g.sub_(below), z, plan.threshold, grad_input=g).add_(below)  # by x, if z were fixed
     n, channels, height, width = x.shape
     through_norm, g_scale, g_shift = aten.native_group_norm_backward(
         g_z, x, mean, rstd, scale, n, channels, height * width, plan.gn_groups, (True, True, True)
     )
-    torch.add(g, through_norm, out=out)
-    return g_scale, g_shift
+    return through_norm.add_(g), g_scale, g_shift
 
 
 # ---- the layer -----------------------------------------------------------------------------------------------------
@@ -255,9 +249,11 @@ class EagerSCConv(torch.autograd.Function):
         through_pwc = empty(x, len(squeeze_up), d.shape[2:], plan, dtype)
         tensors = x_up, x_low, d, beta1, g, g1, g_x_low, through_pwc
         for _, x_up_, x_low_, d_, beta1_, g_, g1_, g_x_low_, through_pwc_ in in_pieces(x, *tensors):
-            g_s = torch.mul(g_, d_, out=g1_).sum((2, 3), keepdim=True) * beta1_ * (1 - beta1_)
-            torch.addcmul(g_s / d.shape[2:].numel(), beta1_, g_, out=g1_)  # by Y1
-            g2 = g_ - g1_  # by Y2
+            beta2 = 1 - beta1_
+            g_s = torch.mul(g_, d_, out=g1_).sum((2, 3), keepdim=True) * beta1_ * beta2  # by S1, and by -S2
+            through_mean = g_s / d.shape[2:].numel()
+            torch.addcmul(through_mean, beta1_, g_, out=g1_)  # by Y1
+            g2 = torch.addcmul(-through_mean, beta2, g_)  # by Y2
             add_weight_grad(g_pwc_up, g1_, at_centre(x_up_, plan), plan)
             add_weight_grad(g_lower, g2, x_low_, plan)
             pointwise(pwc_up.t(), g1_, through_pwc_, plan)
@@ -269,8 +265,8 @@ class EagerSCConv(torch.autograd.Function):
         )  # fmt: skip
         g_x_up = g_x_up.contiguous(memory_format=plan.memory_format)
 
-        g_x, g_scale, g_shift = torch.empty_like(x), torch.zeros_like(scale), torch.zeros_like(shift)
-        for x_, g_x_up_, g_x_low_, through_pwc_, g_x_ in in_pieces(x, g_x_up, g_x_low, through_pwc, g_x):
+        g_x, g_scale, g_shift = [], torch.zeros_like(scale), torch.zeros_like(shift)
+        for x_, g_x_up_, g_x_low_, through_pwc_ in in_pieces(x, g_x_up, g_x_low, through_pwc):
             x_w, kept = sru(x_, scale, shift, plan, keep=True)
             up, low = x_w.to(dtype).tensor_split([plan.up_channels], dim=1)
             add_at_centre(g_x_up_, through_pwc_, plan)
@@ -284,9 +280,11 @@ class EagerSCConv(torch.autograd.Function):
             else:
                 g_centre = empty(x_, g_low.shape[1], g_x_low.shape[2:], plan, dtype)
                 add_at_centre(g_low.zero_(), pointwise(squeeze_low.t(), g_x_low_, g_centre, plan), plan)
-            by_gate = sru_backward(x_, scale, shift, kept, plan, g_x_w, g_x_)
-            if by_gate is not None:
+            g_x_, *by_gate = sru_backward(x_, scale, shift, kept, plan, g_x_w)
+            g_x.append(g_x_.to(x.dtype))
+            if plan.soft:
                 g_scale += by_gate[0]
                 g_shift += by_gate[1]
+        g_x = g_x[0] if len(g_x) == 1 else torch.cat(g_x)
         g_squeeze_up, g_squeeze_low, g_pwc_up = (w[:, :, None, None] for w in (g_squeeze_up, g_squeeze_low, g_pwc_up))
         return g_x, g_scale, g_shift, g_squeeze_up, g_squeeze_low, g_gwc, g_pwc_up, g_bias, g_lower, None

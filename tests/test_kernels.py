@@ -64,12 +64,9 @@ class Reconstruct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        x = ctx.saved_tensors[0]
-        dense = x.is_contiguous() or x.is_contiguous(memory_format=NHWC)
-        g_x = torch.empty_like(x, memory_format=torch.preserve_format if dense else NCHW)
         with interpreting():
-            by_gate = interpreted.reconstruct_backward(*ctx.saved_tensors, g, *ctx.options, out=g_x)
-        return g_x, *(by_gate or (None, None)), None, None, None
+            gradients = interpreted.reconstruct_backward(*ctx.saved_tensors, g, *ctx.options)
+        return *gradients, None, None, None
 
 
 def reconstruct(x, scale, shift, gn_groups=4, threshold=0.0, soft=True):

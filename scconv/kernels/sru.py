@@ -227,20 +227,19 @@ def reconstruct(
 
 
 def reconstruct_backward(
-    x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor, g: Tensor, threshold: float, soft: bool,
-    out: Tensor,
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """Gradients by x, into `out`, and by scale and shift, from g, that by X^w; else as `reconstruct`.
+    x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor, g: Tensor, threshold: float, soft: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients by x, scale and shift, from g, that by X^w; else as `reconstruct`.
 
-    `out` is contiguous or channels_last and has the precision of x. The hard gate is piecewise constant: scale and
-    shift have no gradient.
+    The hard gate is piecewise constant: scale and shift have no gradient.
     """
-    x, g = (t.contiguous(memory_format=_memory_format(out)) for t in (x, g))
+    x, g = (t.contiguous(memory_format=_memory_format(x)) for t in (x, g))
+    g_x = torch.empty_like(x)
     g_scale, g_shift = (mean.new_empty(x.shape[:2]) for _ in range(2))
-    tensors = (x, scale.contiguous(), shift.contiguous(), mean, rstd, g, out, g_scale, g_shift)
-    _launch(_backward, out, mean.shape[1], *tensors, threshold=threshold, SOFT=soft)
+    tensors = (x, scale.contiguous(), shift.contiguous(), mean, rstd, g, g_x, g_scale, g_shift)
+    _launch(_backward, x, mean.shape[1], *tensors, threshold=threshold, SOFT=soft)
     # Summed here rather than by atomic additions, which would differ from run to run.
-    return (g_scale.sum(0), g_shift.sum(0)) if soft else None
+    return g_x, *((g_scale.sum(0), g_shift.sum(0)) if soft else (None, None))
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
