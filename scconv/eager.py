@@ -1,15 +1,16 @@
 """SCConv without a compiler: the function of `layers.py`, forward and backward by hand, in pieces of the batch.
 
-A processor spends most of an SCConv's time on moving tensors. So all that works image by image runs on a few images at
-a time, into the same few buffers, which stay in the cache from one operator to the next. Only the k×k convolution (GWC)
-takes the whole batch, since each call of it has a cost of its own. On a GPU there is one piece, and two Triton kernels
-(`kernels/sru.py`) take the place of the SRU's operators.
+A processor spends most of an SCConv's time on moving tensors. So there are few operators, and where it can, one
+overwrites what it just read: what is to be written must be fetched, too. All that works image by image runs on some of
+the images at a time, so that little is in use between the steps. Only the k×k convolution (GWC) takes the whole batch,
+since each call of it has a cost of its own. On a GPU there is one piece, and two Triton kernels (`kernels/sru.py`) take
+the place of the SRU's operators.
 
 The rewrites, all equal up to rounding:
 
 1. The gate is a group norm: w_c · GN(x) is GN with the affine (w γ, w β). So z takes one call.
-2. Below the threshold the soft gate's W1 and W2 are the same. So the halves of X^w are i1 + r and i2 + r, where i1, i2
-   are the informative halves of X, and r is the sum of both halves of W2 ⊗ X.
+2. Below the threshold the soft gate's W1 and W2 are the same. So W2 ⊗ X is W1 ⊗ X less what is informative, and W1 ⊗ X
+   is one operator.
 3. No concatenation: at α = 1/2 the halves that the SRU reconstructs are the ones that the CRU splits.
 4. Y2 = [PWC2; I] · X_low is one 1×1 convolution.
 5. The soft-max of two values is a sigmoid, β1 = σ(S1 - S2). With D = Y1 - Y2, S1 - S2 is the mean of D, and Eq. (9) is
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PIECE_BYTES = 2**22  # of x in one piece; about five buffers of this size are in use at a time
+PIECE_BYTES = 2**22  # of x in one piece; a few buffers of this size are in use at a time
 aten = torch.ops.aten
 
 
@@ -128,7 +129,6 @@ def add_at_centre(total: Tensor, g: Tensor, plan: Plan) -> Tensor:
 
 
 # ---- SRU -----------------------------------------------------------------------------------------------------------
-# A processor fetches what an operator is about to overwrite. So where it can, an operator overwrites what it just read.
 
 
 class Gated(NamedTuple):
@@ -178,10 +178,8 @@ def sru_backward(x, scale, shift, kept, plan, g) -> tuple[Tensor, Tensor | None,
     both = torch.empty_like(g)  # what was not informative went to both
     for half in both.chunk(2, dim=1):
         torch.add(g_up, g_low, out=half)
-    weight = torch.sigmoid(z)
-    rest.mul_(both)
-    g_z = rest.addcmul_(rest, weight, value=-1)  # x σ(z) (1 - σ(z)) where not informative, times both
-    below = weight.mul_(both)
+    below = torch.sigmoid(z).mul_(both)
+    g_z = rest.mul_(both.sub_(below))  # x σ(z) (1 - σ(z)) both where not informative, else 0
     aten.threshold_backward(g.sub_(below), z, plan.threshold, grad_input=g).add_(below)  # by x, if z were fixed
     n, channels, height, width = x.shape
     through_norm, g_scale, g_shift = aten.native_group_norm_backward(
@@ -272,7 +270,7 @@ class EagerSCConv(torch.autograd.Function):
             add_at_centre(g_x_up_, through_pwc_, plan)
             add_weight_grad(g_squeeze_up, g_x_up_, up, plan)
             add_weight_grad(g_squeeze_low, g_x_low_, at_centre(low, plan), plan)
-            g_x_w = torch.empty_like(x_w, dtype=dtype)
+            g_x_w = x_w if x_w.dtype == dtype else torch.empty_like(x_w, dtype=dtype)  # X^w has served
             g_up, g_low = g_x_w.tensor_split([plan.up_channels], dim=1)
             pointwise(squeeze_up.t(), g_x_up_, g_up, plan)
             if g_x_low.shape[2:] == x.shape[2:] and not any(plan.margin):
