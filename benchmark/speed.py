@@ -163,6 +163,7 @@ def take_turns(calls: dict[str, Callable[[], object]], arguments: argparse.Names
     for turn in range(arguments.rounds):
         first = turn % len(forms)
         for form in forms[first:] + forms[:first]:
+            calls[form]()  # not timed: it finds the caches as another form left them
             seconds[form].append(seconds_of(calls[form], repeats, arguments.device))
     gc.enable()
     rows = []
