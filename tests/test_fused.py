@@ -163,6 +163,22 @@ def test_channels_last_stays_channels_last(form):
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("logit", [0.0, 0.25, -3.0])
+def test_a_value_on_the_threshold_is_not_informative(dtype, logit):
+    """The eager form selects by two of PyTorch's operators that were made for something else."""
+    t = torch.tensor(logit, dtype=dtype)
+    inf = torch.tensor(torch.inf, dtype=dtype)
+    z = torch.stack([-inf, t - 800, t - 1, t.nextafter(-inf), t, t.nextafter(inf), t + 1, t + 800, inf])
+    x = torch.full_like(z, 2.0)
+    below = torch.arange(len(z)) <= 4
+    w1_x = torch.ops.aten.softplus_backward(x, z, 1, logit)
+    assert_close(w1_x, torch.where(below, x * torch.sigmoid(z), x), rtol=4 * torch.finfo(dtype).eps, atol=0)
+    informative = torch.ops.aten.threshold_backward(x, z, logit)
+    assert torch.equal(informative, torch.where(below, 0.0, x))
+    assert torch.equal(w1_x[~below], informative[~below])  # so their difference, W2 ⊗ X, is exactly 0 there
+
+
 def test_a_gradient_that_is_not_laid_out_is_taken():
     layer, x = build(8, 8), randn(2, 8, 4, 4).requires_grad_()
     layer(x).sum().backward()  # its gradient is one number, expanded
