@@ -4,8 +4,9 @@
     python benchmark/speed.py network  ResNet-50 for 32×32 images
     python benchmark/speed.py memory   what a layer keeps for backward, moves and launches: counted, not timed
 
-The forms take turns in one process, in each round from another one on. A ratio is taken within a round, so a slow
-moment of the machine hits both. The table shows medians; the file that is written also has the quartiles.
+The forms take turns in one process, in each round from another one on. A turn begins with a call that is not timed. A
+ratio is taken within a round, so a slow moment of the machine hits both. The table shows medians; the file that is
+written also has the quartiles.
 
     3x3      nn.Conv2d without a bias; in the network: torchvision's ResNet-50
     popular  the popular implementation's order of operations (popular.py)
