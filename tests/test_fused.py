@@ -77,6 +77,8 @@ SHAPES = [
     ((2, 16, 6, 6), 24, {"alpha": 0.25, "groups": 1}, "the same, on the other side"),
     ((2, 16, 6, 6), 16, {"padding": 0}, "the 1×1 convolutions see a crop"),
     ((2, 16, 6, 6), 16, {"padding": 2, "dilation": 1}, "the 1×1 convolutions see padding"),
+    ((2, 16, 6, 5), 16, {"padding": 3, "stride": 2}, "padding and stride: some outputs read only padding"),
+    ((2, 16, 9, 8), 16, {"padding": 0, "stride": 3, "kernel_size": 5}, "a stride through a crop"),
     ((2, 16, 9, 9), 16, {"kernel_size": 5, "dilation": 2}, "a wide kernel"),
     ((2, 16, 6, 6), 16, {"gate": "hard"}, "the gate has no gradient"),
     ((2, 16, 6, 6), 16, {"fusion": "global"}, "the popular fusion"),
