@@ -7,8 +7,9 @@
 - The plain text: inside `plain()`, and wherever someone looks at the parts or has changed them (`needs_plain`).
 
 All take the same parameters and give the same values and gradients up to rounding. `eager.py` explains the
-rewrites. Those here differ in one: the group norm's statistics, and the pass back through it, are written out, half by
-half, so that each half's values are read once for the statistics and once for the rest.
+rewrites. Those here differ in two. The group norm's statistics, and the pass back through it, are written out, half by
+half, so that each half's values are read once for the statistics and once for the rest. And the halves of X^w are what
+is informative plus one sum r for both, since a compiler has no need of operators that happen to exist.
 """
 
 import math
