@@ -15,13 +15,14 @@ The rewrites, all equal up to rounding:
 4. Y2 = [PWC2; I] · X_low is one 1×1 convolution.
 5. The soft-max of two values is a sigmoid, β1 = σ(S1 - S2). With D = Y1 - Y2, S1 - S2 is the mean of D, and Eq. (9) is
    Y = Y2 + β1 D.
-6. Kept for the backward pass are x, D and the squeezed X_up and X_low: 2.5 activation tensors. The SRU's part is
-   computed again.
+6. Kept for the backward pass are x and D: 2 activation tensors. The SRU's part and the squeezes are computed again.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,13 +62,20 @@ def empty(x: Tensor, channels: int, size: tuple[int, int], plan: Plan, dtype: to
     return torch.empty(len(x), channels, *size, dtype=dtype, device=x.device, memory_format=plan.memory_format)
 
 
+def is_like(room: Tensor | None, x: Tensor) -> bool:
+    """Whether what is like x may be written into `room`."""
+    return room is not None and room.shape == x.shape and room.dtype == x.dtype
+
+
 def in_pieces(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Views of a few images at a time, of x and of the others, which have as many images."""
     size = max(1, len(x))
     if x.device.type == "cpu" and x.numel():
         size = max(1, PIECE_BYTES * torch.get_num_threads() * len(x) // (x.numel() * x.element_size()))
-    for first in range(0, max(1, len(x)), size):
-        yield tuple(t[first : first + size] for t in (x, *others))
+    if size >= len(x):
+        yield x, *others
+    else:
+        yield from zip(*(t.split(size) for t in (x, *others)), strict=True)
 
 
 # ---- 1×1 convolutions ----------------------------------------------------------------------------------------------
@@ -116,6 +124,11 @@ def at_centre(x: Tensor, plan: Plan) -> Tensor:
     return x[:, :, :: plan.stride[0], :: plan.stride[1]].contiguous(memory_format=plan.memory_format)
 
 
+def is_all(plan: Plan) -> bool:
+    """Whether `at_centre` reads all of its input, and nothing else."""
+    return plan.stride == (1, 1) and not any(plan.margin)
+
+
 def add_at_centre(total: Tensor, g: Tensor, plan: Plan) -> Tensor:
     """Add to `total`, (N, C, H, W), the gradient by the input of `at_centre`."""
     here, there = [], []  # where `at_centre` reads, and where in g that went; what it read of the padding is nowhere
@@ -128,88 +141,154 @@ def add_at_centre(total: Tensor, g: Tensor, plan: Plan) -> Tensor:
     return total
 
 
+def exchange(x: Tensor) -> Tensor:
+    """A copy with the halves of the channels exchanged."""
+    return torch.cat(x.chunk(2, dim=1)[::-1], dim=1)
+
+
+def add_pointwise_back(weight: Tensor, g: Tensor, total: Tensor, plan: Plan) -> None:
+    """Add to `total`, (N, C1, H, W), the gradient by x of `pointwise(weight, at_centre(x))`, from g (N, C2, H', W')."""
+    if is_all(plan):
+        add_pointwise(weight.t(), g, total, plan)
+    else:
+        g_centre = empty(g, total.shape[1], g.shape[2:], plan, g.dtype)
+        add_at_centre(total, pointwise(weight.t(), g, g_centre, plan), plan)
+
+
 # ---- SRU -----------------------------------------------------------------------------------------------------------
 
 
-class Gated(NamedTuple):
-    """What the backward pass of the SRU needs of some images; each (N, C, H, W) but the statistics, (N, gn_groups)."""
+class Rooms(NamedTuple):
+    """Memory for the SRU's backward pass, the same for all pieces: a new tensor is seldom in the cache."""
 
     z: Tensor  # the gate's logit
-    rest: Tensor  # W2 ⊗ X
-    mean: Tensor
-    rstd: Tensor
+    x_w: Tensor  # X^w, then the gradient by it
+    rest: Tensor  # W2 ⊗ X, then the gradient by z
+    both: Tensor
 
 
-def sru(x: Tensor, scale: Tensor, shift: Tensor, plan: Plan, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Eq. (1)-(4): X^w, (N, C, H, W), and what `sru_backward` needs, which is spoilt if not `keep`."""
+def make_rooms(x: Tensor, dtype: torch.dtype, plan: Plan) -> Rooms:
+    """Uninitialised, each like x."""
+    rooms = [empty(x, x.shape[1], x.shape[2:], plan, dtype) for _ in Rooms._fields]
+    return Rooms(*rooms)
+
+
+def number_above(t: float, dtype: torch.dtype) -> float:
+    """The smallest number of `dtype` above t, so that z ≤ t is z < number_above(t)."""
+    smallest = torch.finfo(dtype).smallest_normal
+    if abs(t) < smallest and not math.ulp(0.0) > 0:  # what is smaller counts as 0: torch.set_flush_denormal(True)
+        return smallest
+    if dtype == torch.float64:
+        return math.nextafter(t, math.inf)
+    return float(np.nextafter(np.float32(t), np.float32(math.inf)))
+
+
+def cross_reconstruct(x: Tensor, z: Tensor, x_w: Tensor, rest: Tensor, plan: Plan) -> None:
+    """Eq. (3)-(4) from the gate's logit z: writes X^w, and W2 ⊗ X into `rest`, which may be z. All (N, C, H, W)."""
+    # torch.where is a scalar loop on a processor. These are not, whatever their names:
+    # softplus_backward(x, z, 1, t) is x where z > t, else x σ(z); threshold_backward(x, z, t) is x where z > t, else 0;
+    # hardtanh_backward(x, z, -∞, t) is x where z < t, else 0.
+    if plan.soft:
+        aten.softplus_backward(x, z, 1, plan.threshold, grad_input=x_w)  # W1 ⊗ X, and in its rest W2 is W1
+        aten.hardtanh_backward(x_w, z, -math.inf, number_above(plan.threshold, z.dtype), grad_input=rest)
+    else:
+        aten.threshold_backward(x, z, plan.threshold, grad_input=x_w)
+        torch.sub(x, x_w, out=rest)
+    for half, other in zip(x_w.chunk(2, dim=1), reversed(rest.chunk(2, dim=1)), strict=True):
+        half.add_(other)
+
+
+def sru(x: Tensor, scale: Tensor, shift: Tensor, plan: Plan, room: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Eq. (1)-(4): X^w, (N, C, H, W), in `room` if that is like x; mean and 1/σ of the groups, (N, gn_groups)."""
     if plan.triton:
         from scconv.kernels import sru as kernels  # imports Triton, which not every machine has
 
-        x_w, *kept = kernels.reconstruct(x, scale, shift, plan.gn_groups, plan.eps, plan.threshold, plan.soft)
-        return x_w, kept
-    x, t = x.to(scale.dtype), plan.threshold
+        return kernels.reconstruct(x, scale, shift, plan.gn_groups, plan.eps, plan.threshold, plan.soft)
+    x = x.to(scale.dtype)
     n, channels, height, width = x.shape
     z, mean, rstd = torch.native_group_norm(x, scale, shift, n, channels, height * width, plan.gn_groups, plan.eps)
-    # torch.where is a scalar loop on a processor. These are not, whatever their names:
-    # threshold_backward(x, z, t) is x where z > t, else 0; softplus_backward(x, z, 1, t) is x where z > t, else x σ(z).
-    if plan.soft:
-        x_w = aten.softplus_backward(x, z, 1, t)  # W1 ⊗ X
-        rest = aten.threshold_backward(x, z, t, grad_input=torch.empty_like(z) if keep else z)
-        torch.sub(x_w, rest, out=rest)
-    else:
-        x_w = aten.threshold_backward(x, z, t)
-        rest = x - x_w
-    for half, other in zip(x_w.chunk(2, dim=1), reversed(rest.chunk(2, dim=1)), strict=True):
-        half.add_(other)  # (4)
-    return x_w, Gated(z, rest, mean, rstd)
+    x_w = room if is_like(room, x) else torch.empty_like(x)
+    cross_reconstruct(x, z, x_w, z, plan)
+    return x_w, mean, rstd
 
 
-def sru_backward(x, scale, shift, kept, plan, g) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients by x, scale and shift, from g, that by X^w. Overwrites g and `kept`."""
+def sru_again(x, scale, shift, mean, rstd, plan: Plan, rooms: Rooms | None) -> Tensor:
+    """X^w from the statistics that `sru` found. What `sru_backward` needs besides is then in `rooms`."""
+    if plan.triton:
+        return sru(x, scale, shift, plan)[0]
+    x, per_channel = x.to(scale.dtype), (*x.shape[:2], 1, 1)
+    factor = rstd[:, :, None] * scale.view(plan.gn_groups, -1)
+    offset = torch.addcmul(shift.view(plan.gn_groups, -1), mean[:, :, None], factor, value=-1)
+    torch.addcmul(offset.view(per_channel), x, factor.view(per_channel), out=rooms.z)
+    cross_reconstruct(x, rooms.z, rooms.x_w, rooms.rest, plan)
+    return rooms.x_w
+
+
+def sru_backward(x, scale, shift, mean, rstd, plan: Plan, rooms: Rooms | None, g_other, g_x):
+    """Write the gradient by x into g_x, and return those by scale and shift. Overwrites g_other and the rooms.
+
+    g_other, (N, C, H, W), is the gradient by X^w with its halves exchanged: for each channel, that of the half to which
+    W2 ⊗ X went.
+    """
     if plan.triton:
         from scconv.kernels import sru as kernels
 
-        return kernels.reconstruct_backward(x, scale, shift, *kept, g, plan.threshold, plan.soft)
-    x, g, (z, rest, mean, rstd) = x.to(scale.dtype), g.to(scale.dtype), kept
-    g_up, g_low = g.chunk(2, dim=1)
+        return kernels.reconstruct_backward(x, scale, shift, mean, rstd, g_other, g_x, plan.threshold, plan.soft)
+    x, g_other, (z, _, rest, both), t = x.to(scale.dtype), g_other.to(scale.dtype), rooms, plan.threshold
+    g = g_x if g_x.dtype == scale.dtype else torch.empty_like(x)
+    halves = g_other.chunk(2, dim=1)
     if not plan.soft:
-        other = torch.cat([g_low, g_up], dim=1)  # what was not informative went to the other half
-        return aten.threshold_backward(g.sub_(other), z, plan.threshold, grad_input=g).add_(other), None, None
-    both = torch.empty_like(g)  # what was not informative went to both
-    for half in both.chunk(2, dim=1):
-        torch.add(g_up, g_low, out=half)
-    below = torch.sigmoid(z).mul_(both)
-    g_z = rest.mul_(both.sub_(below))  # x σ(z) (1 - σ(z)) both where not informative, else 0
-    aten.threshold_backward(g.sub_(below), z, plan.threshold, grad_input=g).add_(below)  # by x, if z were fixed
-    n, channels, height, width = x.shape
-    through_norm, g_scale, g_shift = aten.native_group_norm_backward(
-        g_z, x, mean, rstd, scale, n, channels, height * width, plan.gn_groups, (True, True, True)
-    )
-    return through_norm.add_(g), g_scale, g_shift
+        for half, own, other in zip(g.chunk(2, dim=1), reversed(halves), halves, strict=True):
+            torch.sub(own, other, out=half)
+        g_x.copy_(aten.threshold_backward(g, z, t, grad_input=g).add_(g_other))
+        return None, None
+    for half in both.chunk(2, dim=1):  # what was not informative went to both
+        torch.add(*halves, out=half)
+    aten.softplus_backward(both, z, 1, t, grad_input=g)
+    g_z = rest.mul_(both.sub_(g))  # x σ(z) (1 - σ(z)) both where not informative, else 0
+    g.sub_(aten.threshold_backward(g_other, z, t, grad_input=g_other))  # the gradient, if z were fixed
+
+    # Through the group norm, what a group's statistics pass on is linear in x, and follows from sums of g_z and x g_z.
+    by_group, per_channel = (*mean.shape, x.shape[1] // plan.gn_groups), (*x.shape[:2], 1, 1)
+    sums = g_z.sum((2, 3)).view(by_group)
+    sums_x = torch.mul(g_z, x, out=both).sum((2, 3)).view(by_group)
+    mean, rstd, scale = mean[:, :, None], rstd[:, :, None], scale.view(plan.gn_groups, -1)
+    share = scale / (x.shape[2:].numel() * scale.shape[1])
+    by_mean, by_square = (sums * share).sum(2, keepdim=True), (sums_x * share).sum(2, keepdim=True)
+    slope = (mean * by_mean - by_square) * rstd**3
+    level = -mean * slope - rstd * by_mean
+    slope, level = (t.expand_as(sums).reshape(per_channel) for t in (slope, level))
+    g.addcmul_(g_z, (rstd * scale).view(per_channel)).addcmul_(x, slope).add_(level)
+    if g is not g_x:
+        g_x.copy_(g)
+    return ((sums_x - mean * sums) * rstd).sum(0).flatten(), sums.sum(0).flatten()
 
 
 # ---- the layer -----------------------------------------------------------------------------------------------------
 
 
 def forward_pass(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower, plan, norm=None):
-    """Y, and what the backward pass needs: X_up, X_low, D, β1.
+    """Y, and what the backward pass needs: D, β1, and the statistics of the SRU's groups.
 
     `norm` is of `inference.py`: 1/a and c, where the weights behind the squeezes have been multiplied by a, and c is to
     be added; each (C2, 1, 1).
     """
     squeeze_up, squeeze_low, pwc_up = squeeze_up.flatten(1), squeeze_low.flatten(1), pwc_up.flatten(1)
-    wide, dtype = scale.dtype, gwc.dtype
+    wide, dtype, size = scale.dtype, gwc.dtype, at_centre(x[:1, :1], plan).shape[2:]
     x_up = empty(x, len(squeeze_up), x.shape[2:], plan, dtype)
-    x_low = empty(x, len(squeeze_low), at_centre(x[:1, :1], plan).shape[2:], plan, dtype)
-    for x_, x_up_, x_low_ in in_pieces(x, x_up, x_low):
-        x_w, _ = sru(x_, scale, shift, plan, keep=False)
+    x_low = empty(x, len(squeeze_low), size, plan, dtype)
+    y, beta1 = empty(x, len(gwc), size, plan, dtype), x.new_empty(len(x), len(gwc), 1, 1, dtype=dtype)
+    mean, rstd = (x.new_empty(len(x), plan.gn_groups, dtype=wide) for _ in range(2))
+    for x_, x_up_, x_low_, y_, mean_, rstd_ in in_pieces(x, x_up, x_low, y, mean, rstd):
+        x_w, *statistics = sru(x_, scale, shift, plan, room=y_)
+        for kept, found in zip((mean_, rstd_), statistics, strict=True):
+            kept.copy_(found)
         up, low = x_w.to(dtype).tensor_split([plan.up_channels], dim=1)
         pointwise(squeeze_up, up, x_up_, plan)
         pointwise(squeeze_low, at_centre(low, plan), x_low_, plan)
 
     d = F.conv2d(x_up, gwc, bias, plan.stride, plan.padding, plan.dilation, plan.groups)
     d = d.contiguous(memory_format=plan.memory_format)
-    y, beta1 = torch.empty_like(d), d.new_empty(*d.shape[:2], 1, 1)
     for _, x_up_, x_low_, d_, y_, beta1_ in in_pieces(x, x_up, x_low, d, y, beta1):
         y2 = pointwise(lower, x_low_, y_, plan)  # (6)
         add_pointwise(pwc_up, at_centre(x_up_, plan), d_, plan).sub_(y2)  # (5): Y1 - Y2
@@ -218,7 +297,7 @@ def forward_pass(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lo
         y2.addcmul_(beta1_, d_)  # (9)
         if norm is not None:
             y2.add_(norm[1])
-    return y, x_up, x_low, d, beta1
+    return y, d, beta1, mean, rstd
 
 
 class EagerSCConv(torch.autograd.Function):
@@ -236,53 +315,58 @@ class EagerSCConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, lower, x_up, x_low, d, beta1 = ctx.saved_tensors
+        x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, lower, d, beta1, mean, rstd = ctx.saved_tensors
         squeeze_up, squeeze_low, pwc_up = squeeze_up.flatten(1), squeeze_low.flatten(1), pwc_up.flatten(1)
         plan, dtype = ctx.plan, gwc.dtype
         g = g.contiguous(memory_format=plan.memory_format)
-        g_squeeze_up, g_squeeze_low = torch.zeros_like(squeeze_up), torch.zeros_like(squeeze_low)
-        g_pwc_up, g_lower = torch.zeros_like(pwc_up), torch.zeros_like(lower)
+        g1, through_mean = torch.empty_like(d), torch.empty_like(beta1)
+        for _, d_, beta1_, g_, g1_, through_mean_ in in_pieces(x, d, beta1, g, g1, through_mean):
+            g_s = torch.mul(g_, d_, out=g1_).sum((2, 3), keepdim=True) * beta1_ * (1 - beta1_)  # by S1, and by -S2
+            torch.div(g_s, d.shape[2:].numel(), out=through_mean_)
+            torch.addcmul(through_mean_, beta1_, g_, out=g1_)  # by Y1
 
-        g1, g_x_low = torch.empty_like(d), torch.empty_like(x_low)
-        through_pwc = empty(x, len(squeeze_up), d.shape[2:], plan, dtype)
-        tensors = x_up, x_low, d, beta1, g, g1, g_x_low, through_pwc
-        for _, x_up_, x_low_, d_, beta1_, g_, g1_, g_x_low_, through_pwc_ in in_pieces(x, *tensors):
-            beta2 = 1 - beta1_
-            g_s = torch.mul(g_, d_, out=g1_).sum((2, 3), keepdim=True) * beta1_ * beta2  # by S1, and by -S2
-            through_mean = g_s / d.shape[2:].numel()
-            torch.addcmul(through_mean, beta1_, g_, out=g1_)  # by Y1
-            g2 = torch.addcmul(-through_mean, beta2, g_)  # by Y2
-            add_weight_grad(g_pwc_up, g1_, at_centre(x_up_, plan), plan)
-            add_weight_grad(g_lower, g2, x_low_, plan)
-            pointwise(pwc_up.t(), g1_, through_pwc_, plan)
-            pointwise(lower.t(), g2, g_x_low_, plan)
-
-        g_x_up, g_gwc, g_bias = aten.convolution_backward(
-            g1, x_up, gwc, [len(gwc)], plan.stride, plan.padding, plan.dilation, False, (0, 0), plan.groups,
-            (True, True, ctx.has_bias),
-        )  # fmt: skip
+        # X_up and X_low are made again, below, with X^w. The gradient by X_up does not need them, that by GWC does.
+        x_up = empty(x, len(squeeze_up), x.shape[2:], plan, dtype)
+        gwc_backward = [g1, x_up, gwc, [len(gwc)], plan.stride, plan.padding, plan.dilation, False, (0, 0), plan.groups]
+        g_x_up, _, g_bias = aten.convolution_backward(*gwc_backward, (True, False, ctx.has_bias))
         g_x_up = g_x_up.contiguous(memory_format=plan.memory_format)
 
-        g_x, g_scale, g_shift = [], torch.zeros_like(scale), torch.zeros_like(shift)
-        for x_, g_x_up_, g_x_low_, through_pwc_ in in_pieces(x, g_x_up, g_x_low, through_pwc):
-            x_w, kept = sru(x_, scale, shift, plan, keep=True)
+        g_x, g_scale, g_shift = torch.empty_like(x), torch.zeros_like(scale), torch.zeros_like(shift)
+        g_squeeze_up, g_squeeze_low = torch.zeros_like(squeeze_up), torch.zeros_like(squeeze_low)
+        g_pwc_up, g_lower = torch.zeros_like(pwc_up), torch.zeros_like(lower)
+        rooms = None if plan.triton else make_rooms(next(in_pieces(x))[0], scale.dtype, plan)
+        tensors = mean, rstd, x_up, g_x_up, g, g1, beta1, through_mean, g_x
+        for x_, mean_, rstd_, x_up_, g_x_up_, g_, g1_, beta1_, through_mean_, g_x_ in in_pieces(x, *tensors):
+            rooms_ = rooms and Rooms(*(room[: len(x_)] for room in rooms))
+            x_w = sru_again(x_, scale, shift, mean_, rstd_, plan, rooms_)
             up, low = x_w.to(dtype).tensor_split([plan.up_channels], dim=1)
-            add_at_centre(g_x_up_, through_pwc_, plan)
+            low = at_centre(low, plan)
+            pointwise(squeeze_up, up, x_up_, plan)
+            x_low = pointwise(squeeze_low, low, empty(x_, len(squeeze_low), d.shape[2:], plan, dtype), plan)
+
+            room = rooms_.both if rooms_ and is_like(rooms_.both, g_) else torch.empty_like(g_)
+            g2 = torch.addcmul(-through_mean_, 1 - beta1_, g_, out=room)  # by Y2
+            add_weight_grad(g_lower, g2, x_low, plan)
+            g_x_low = pointwise(lower.t(), g2, x_low, plan)  # X_low has served
+            add_weight_grad(g_squeeze_low, g_x_low, low, plan)
+            add_weight_grad(g_pwc_up, g1_, at_centre(x_up_, plan), plan)
+            add_pointwise_back(pwc_up, g1_, g_x_up_, plan)
             add_weight_grad(g_squeeze_up, g_x_up_, up, plan)
-            add_weight_grad(g_squeeze_low, g_x_low_, at_centre(low, plan), plan)
+
             g_x_w = x_w if x_w.dtype == dtype else torch.empty_like(x_w, dtype=dtype)  # X^w has served
             g_up, g_low = g_x_w.tensor_split([plan.up_channels], dim=1)
+            if exchanged := g_up.shape == g_low.shape:
+                g_up, g_low = g_low, g_up
             pointwise(squeeze_up.t(), g_x_up_, g_up, plan)
-            if g_x_low.shape[2:] == x.shape[2:] and not any(plan.margin):
-                pointwise(squeeze_low.t(), g_x_low_, g_low, plan)
+            if is_all(plan):
+                pointwise(squeeze_low.t(), g_x_low, g_low, plan)
             else:
-                g_centre = empty(x_, g_low.shape[1], g_x_low.shape[2:], plan, dtype)
-                add_at_centre(g_low.zero_(), pointwise(squeeze_low.t(), g_x_low_, g_centre, plan), plan)
-            g_x_, *by_gate = sru_backward(x_, scale, shift, kept, plan, g_x_w)
-            g_x.append(g_x_.to(x.dtype))
+                add_pointwise_back(squeeze_low, g_x_low, g_low.zero_(), plan)
+            g_other = g_x_w if exchanged else exchange(g_x_w)
+            by_scale, by_shift = sru_backward(x_, scale, shift, mean_, rstd_, plan, rooms_, g_other, g_x_)
             if plan.soft:
-                g_scale += by_gate[0]
-                g_shift += by_gate[1]
-        g_x = g_x[0] if len(g_x) == 1 else torch.cat(g_x)
+                g_scale += by_scale
+                g_shift += by_shift
+        _, g_gwc, _ = aten.convolution_backward(*gwc_backward, (False, True, False))
         g_squeeze_up, g_squeeze_low, g_pwc_up = (w[:, :, None, None] for w in (g_squeeze_up, g_squeeze_low, g_pwc_up))
         return g_x, g_scale, g_shift, g_squeeze_up, g_squeeze_low, g_gwc, g_pwc_up, g_bias, g_lower, None

@@ -196,21 +196,6 @@ class Reconstruct(torch.autograd.Function):
         return torch.cat(g_x, dim=1), sums_norm.sum(0).flatten(), sums.sum(0).flatten(), *[None] * 5
 
 
-def reconstruct(x: Tensor, scale: Tensor, shift: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Both halves of X^w. A compiler would keep them for the backward pass: here they are made again, from x."""
-    mean, rstd = group_statistics(x.detach(), plan.gn_groups, plan.eps)
-    spread = per_group(scale.detach(), plan.gn_groups)
-    factor, offset = rstd @ spread, torch.addmm(shift.detach(), mean * rstd, spread, alpha=-1)
-    tensors = x, scale, shift, mean, rstd, factor, offset
-
-    def halves(*tensors):
-        return Reconstruct.apply(*tensors, plan)
-
-    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
-        return checkpoint(halves, *tensors, use_reentrant=False, preserve_rng_state=False)
-    return halves(*tensors)
-
-
 def split(up: Tensor, low: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """The same channels, split so that the first part has `channels` of them."""
     if up.shape[1] == channels:
@@ -227,12 +212,51 @@ def pointwise(weight: Tensor, x: Tensor) -> Tensor:
     return y.unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2)
 
 
+def squeezed(
+    x: Tensor, scale: Tensor, shift: Tensor, squeeze_up: Tensor, squeeze_low: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    """X_up and X_low, the latter where the kernel's centre lies. A compiler would keep them, and X^w, for the backward
+    pass: here they are made again, from x."""
+    mean, rstd = group_statistics(x.detach(), plan.gn_groups, plan.eps)
+    spread = per_group(scale.detach(), plan.gn_groups)
+    factor, offset = rstd @ spread, torch.addmm(shift.detach(), mean * rstd, spread, alpha=-1)
+
+    def again(x, scale, shift, squeeze_up, squeeze_low):
+        halves = Reconstruct.apply(x, scale, shift, mean, rstd, factor, offset, plan)
+        up, low = (half.to(squeeze_up.dtype) for half in split(*halves, plan.up_channels))  # (1)-(4)
+        return pointwise(squeeze_up, up), pointwise(squeeze_low, at_centre(low, plan))
+
+    tensors = x, scale, shift, squeeze_up, squeeze_low
+    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        return checkpoint(again, *tensors, use_reentrant=False, preserve_rng_state=False)
+    return again(*tensors)
+
+
+class GroupedConvolution(torch.autograd.Function):
+    """The k×k convolution, with one call for each gradient: that by X_up does not wait until X_up is there again."""
+
+    @staticmethod
+    def forward(ctx, x_up, weight, bias, plan):
+        ctx.save_for_backward(x_up, weight)
+        ctx.plan, ctx.has_bias = plan, bias is not None
+        return F.conv2d(x_up, weight, bias, plan.stride, plan.padding, plan.dilation, plan.groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x_up, weight = ctx.saved_tensors
+        plan, convolution_backward = ctx.plan, torch.ops.aten.convolution_backward
+        options = weight, [len(weight)], plan.stride, plan.padding, plan.dilation, False, (0, 0), plan.groups
+        g_x_up, _, g_bias = convolution_backward(g, torch.empty_like(x_up), *options, (True, False, ctx.has_bias))
+        _, g_weight, _ = convolution_backward(g, x_up, *options, (False, True, False))
+        return g_x_up, g_weight, g_bias, None
+
+
 def compiled_scconv(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower, plan, norm=None):
     """Eq. (1)-(9) in operators that a compiler fuses. `norm` is as in `eager.forward_pass`."""
     wide, dtype = scale.dtype, gwc.dtype
-    up, low = split(*reconstruct(x.to(wide), scale, shift, plan), plan.up_channels)  # (1)-(4)
-    x_up, x_low = pointwise(squeeze_up, up.to(dtype)), pointwise(squeeze_low, at_centre(low, plan).to(dtype))
-    y1 = F.conv2d(x_up, gwc, bias, plan.stride, plan.padding, plan.dilation, plan.groups)
+    x_up, x_low = squeezed(x.to(wide), scale, shift, squeeze_up, squeeze_low, plan)  # (1)-(4)
+    y1 = GroupedConvolution.apply(x_up, gwc, bias, plan)
     y1 = y1 + pointwise(pwc_up, at_centre(x_up, plan))  # (5)
     y2 = pointwise(lower, x_low)  # (6)
     d = y1 - y2

@@ -87,12 +87,12 @@ def test_traffic_is_what_one_counts_by_hand(run, operators, units):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_layer_keeps_two_and_a_half_activations(compiled):
+def test_a_layer_keeps_two_activations(compiled):
     """The convolution that it replaces keeps one, the published form nine. A compiler left alone keeps 3.3."""
     layer, x = SCConv(64, 64), torch.randn(2, 64, 32, 32, requires_grad=True)
     torch.compiler.reset()  # this backend cuts the graph in two as the default one does, and needs no C++ compiler
     call = torch.compile(layer, backend="aot_eager_decomp_partition", fullgraph=True) if compiled else layer
-    assert saved_bytes(call, x, layer.parameters()) / x.nbytes == pytest.approx(2.5, abs=0.1)
+    assert saved_bytes(call, x, layer.parameters()) / x.nbytes == pytest.approx(2, abs=0.05)
 
 
 def test_saved_bytes_are_what_one_counts_by_hand():

@@ -176,7 +176,7 @@ def test_a_page_says_what_it_is(book, monkeypatch, address):
         'extensions = ["myst_parser", "scconv_site"]\nhtml_theme = "alabaster"\nhtml_title = "Book"\n'
         'html_theme_options = {"repository_url": ""}\n'
     )
-    (book.folder / "index.md").write_text('# Cause & effect\n\n> Not this.\n\nIts *first* paragraph.\n\nIts second.\n')
+    (book.folder / "index.md").write_text("# Cause & effect\n\n> Not this.\n\nIts *first* paragraph.\n\nIts second.\n")
     app = SphinxTestApp("html", book.folder)
     app.build()
     app.cleanup()

@@ -168,7 +168,7 @@ def test_channels_last_stays_channels_last(form):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("logit", [0.0, 0.25, -3.0])
 def test_a_value_on_the_threshold_is_not_informative(dtype, logit):
-    """The eager form selects by two of PyTorch's operators that were made for something else."""
+    """The eager form selects by three of PyTorch's operators that were made for something else."""
     t = torch.tensor(logit, dtype=dtype)
     inf = torch.tensor(torch.inf, dtype=dtype)
     z = torch.stack([-inf, t - 800, t - 1, t.nextafter(-inf), t, t.nextafter(inf), t + 1, t + 800, inf])
@@ -178,7 +178,23 @@ def test_a_value_on_the_threshold_is_not_informative(dtype, logit):
     assert_close(w1_x, torch.where(below, x * torch.sigmoid(z), x), rtol=4 * torch.finfo(dtype).eps, atol=0)
     informative = torch.ops.aten.threshold_backward(x, z, logit)
     assert torch.equal(informative, torch.where(below, 0.0, x))
-    assert torch.equal(w1_x[~below], informative[~below])  # so their difference, W2 ⊗ X, is exactly 0 there
+    assert torch.equal(w1_x[~below], x[~below])
+    rest = torch.ops.aten.hardtanh_backward(w1_x, z, -torch.inf, eager.number_above(logit, dtype))
+    assert torch.equal(rest, torch.where(below, w1_x, 0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_value_on_the_threshold_where_denormal_numbers_count_as_zero(dtype):
+    layer, x = build(8, 8).to(dtype), randn(2, 8, 4, 4).to(dtype)
+    with torch.no_grad():
+        layer.sru.gn.weight[:5], layer.sru.gn.bias[:5] = 0, 0  # so z is 0, and σ(z) the threshold
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    try:
+        found, expected = layer(x), text(layer)(x)
+    finally:
+        torch.set_flush_denormal(False)
+    assert_close(found, expected, **(EXACT if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}))
 
 
 def test_a_gradient_that_is_not_laid_out_is_taken():

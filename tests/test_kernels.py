@@ -64,9 +64,10 @@ class Reconstruct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
+        g_other, g_x = torch.cat(g.chunk(2, dim=1)[::-1], dim=1), torch.empty_like(ctx.saved_tensors[0])
         with interpreting():
-            gradients = interpreted.reconstruct_backward(*ctx.saved_tensors, g, *ctx.options)
-        return *gradients, None, None, None
+            gradients = interpreted.reconstruct_backward(*ctx.saved_tensors, g_other, g_x, *ctx.options)
+        return g_x, *gradients, None, None, None
 
 
 def reconstruct(x, scale, shift, gn_groups=4, threshold=0.0, soft=True):

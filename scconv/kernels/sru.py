@@ -127,11 +127,11 @@ def _forward(x, scale, shift, x_w, means, rstds, pairs, D, S, along_c, along_s,
 
 
 @triton.jit
-def _backward(x, scale, shift, means, rstds, g, g_x, g_scale, g_shift, pairs, D, S, along_c, along_s,
+def _backward(x, scale, shift, means, rstds, g_other, g_x, g_scale, g_shift, pairs, D, S, along_c, along_s,
               threshold: tl.constexpr, SOFT: tl.constexpr, WIDE: tl.constexpr,
               BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
-    """g is the gradient of X^w, g_ that of what follows. W1 x went to one half of X^w and W2 x to the other, whose
-    gradients are g1 and g2. Then
+    """g_other is the gradient of X^w with its halves exchanged, g_ the gradient of what follows. W1 x went to one half
+    of X^w and W2 x to the other, whose gradients are g1 and g2. Then
 
         g_z = σ'(z) x (g1 + g2) where the gate is soft and not informative, else 0
         g_shift = Σ g_z,  g_scale = Σ g_z x̂                              over the positions of one image
@@ -145,8 +145,8 @@ def _backward(x, scale, shift, means, rstds, g, g_x, g_scale, g_shift, pairs, D,
     first = which * half + pair * D
     to_groups = n * (2 * half * S) + (first * along_c)[:, None, None]
     x, g_x = x + to_groups, g_x + to_groups
-    g_up = g + n * (2 * half * S) + pair * D * along_c
-    g_low = g_up + half * along_c
+    g_low = g_other + n * (2 * half * S) + pair * D * along_c
+    g_up = g_low + half * along_c
     group = n * (2 * pairs) + pair + which * pairs
     mean, rstd = tl.load(means + group), tl.load(rstds + group)
 
@@ -227,19 +227,20 @@ def reconstruct(
 
 
 def reconstruct_backward(
-    x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor, g: Tensor, threshold: float, soft: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients by x, scale and shift, from g, that by X^w; else as `reconstruct`.
+    x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor, g_other: Tensor, g_x: Tensor,
+    threshold: float, soft: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Writes the gradient by x into g_x, which is like x, and returns those by scale and shift; else as `reconstruct`.
 
-    The hard gate is piecewise constant: scale and shift have no gradient.
+    g_other, (N, C, H, W), is the gradient by X^w with its halves exchanged: for each channel, that of the half to which
+    W2 x went. The hard gate is piecewise constant: scale and shift have no gradient.
     """
-    x, g = (t.contiguous(memory_format=_memory_format(x)) for t in (x, g))
-    g_x = torch.empty_like(x)
+    x, g_other = (t.contiguous(memory_format=_memory_format(x)) for t in (x, g_other))
     g_scale, g_shift = (mean.new_empty(x.shape[:2]) for _ in range(2))
-    tensors = (x, scale.contiguous(), shift.contiguous(), mean, rstd, g, g_x, g_scale, g_shift)
+    tensors = (x, scale.contiguous(), shift.contiguous(), mean, rstd, g_other, g_x, g_scale, g_shift)
     _launch(_backward, x, mean.shape[1], *tensors, threshold=threshold, SOFT=soft)
     # Summed here rather than by atomic additions, which would differ from run to run.
-    return g_x, *((g_scale.sum(0), g_shift.sum(0)) if soft else (None, None))
+    return (g_scale.sum(0), g_shift.sum(0)) if soft else (None, None)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
