@@ -1,16 +1,16 @@
 """SCConv without a compiler: the function of `layers.py`, forward and backward by hand, in pieces of the batch.
 
 A processor spends most of an SCConv's time on moving tensors. So there are few operators, and where it can, one
-overwrites what it just read: what is to be written must be fetched, too. All that works image by image runs on some of
-the images at a time, so that little is in use between the steps. Only the k×k convolution (GWC) takes the whole batch,
-since each call of it has a cost of its own. On a GPU there is one piece, and two Triton kernels (`kernels/sru.py`) take
-the place of the SRU's operators.
+overwrites what it just read, or memory that has served: what is to be written must be fetched, too. All that works
+image by image runs on some of the images at a time, so that little is in use between the steps. Only the k×k
+convolution (GWC) takes the whole batch, since each call of it has a cost of its own. On a GPU there is one piece, and
+two Triton kernels (`kernels/sru.py`) take the place of the SRU's operators.
 
 The rewrites, all equal up to rounding:
 
 1. The gate is a group norm: w_c · GN(x) is GN with the affine (w γ, w β). So z takes one call.
-2. Below the threshold the soft gate's W1 and W2 are the same. So W2 ⊗ X is W1 ⊗ X less what is informative, and W1 ⊗ X
-   is one operator.
+2. Where the soft gate is not informative, W1 and W2 are the same. So W1 ⊗ X is one operator, and W2 ⊗ X another: W1 ⊗ X
+   there, and 0 elsewhere.
 3. No concatenation: at α = 1/2 the halves that the SRU reconstructs are the ones that the CRU splits.
 4. Y2 = [PWC2; I] · X_low is one 1×1 convolution.
 5. The soft-max of two values is a sigmoid, β1 = σ(S1 - S2). With D = Y1 - Y2, S1 - S2 is the mean of D, and Eq. (9) is
@@ -325,7 +325,7 @@ class EagerSCConv(torch.autograd.Function):
             torch.div(g_s, d.shape[2:].numel(), out=through_mean_)
             torch.addcmul(through_mean_, beta1_, g_, out=g1_)  # by Y1
 
-        # X_up and X_low are made again, below, with X^w. The gradient by X_up does not need them, that by GWC does.
+        # The gradient by X_up needs no X_up. That by GWC's weight does, and comes last: X_up is made again in between.
         x_up = empty(x, len(squeeze_up), x.shape[2:], plan, dtype)
         gwc_backward = [g1, x_up, gwc, [len(gwc)], plan.stride, plan.padding, plan.dilation, False, (0, 0), plan.groups]
         g_x_up, _, g_bias = aten.convolution_backward(*gwc_backward, (True, False, ctx.has_bias))
