@@ -205,11 +205,11 @@ def split(up: Tensor, low: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 
 
 def pointwise(weight: Tensor, x: Tensor) -> Tensor:
-    """A 1×1 convolution of x (N, C1, H, W). In channels_last it is a matrix product, whose backward pass is faster."""
+    """A 1×1 convolution of x (N, C1, H, W). As a matrix product, whose backward pass is faster, and in two parts."""
+    weight = weight.flatten(1)
     if memory_format_of(x) != torch.channels_last:
-        return F.conv2d(x, weight.reshape(*weight.shape[:2], 1, 1))
-    y = rows(x) @ weight.flatten(1).t()
-    return y.unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2)
+        return torch.bmm(weight.expand(len(x), *weight.shape), x.flatten(2)).unflatten(2, x.shape[2:])
+    return (rows(x) @ weight.t()).unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2)
 
 
 def squeezed(
