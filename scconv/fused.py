@@ -25,7 +25,7 @@ from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from scconv import kernels
-from scconv.eager import EagerSCConv, Plan, at_centre, memory_format_of, rows
+from scconv.eager import EagerSCConv, Plan, at_centre, memory_format_of
 
 if TYPE_CHECKING:
     from scconv.layers import CRU, SRU, SCConv
@@ -206,10 +206,12 @@ def split(up: Tensor, low: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 
 def pointwise(weight: Tensor, x: Tensor) -> Tensor:
     """A 1×1 convolution of x (N, C1, H, W). As a matrix product, whose backward pass is faster, and in two parts."""
-    weight = weight.flatten(1)
-    if memory_format_of(x) != torch.channels_last:
+    weight, memory_format = weight.flatten(1), memory_format_of(x)
+    many_positions = x.shape[2:].numel() * sum(weight.shape) >= weight.numel()  # so an image outweighs the weight
+    if memory_format == torch.contiguous_format and many_positions:
         return torch.bmm(weight.expand(len(x), *weight.shape), x.flatten(2)).unflatten(2, x.shape[2:])
-    return (rows(x) @ weight.t()).unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2)
+    y = x.permute(0, 2, 3, 1).flatten(0, 2) @ weight.t()
+    return y.unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
 
 
 def squeezed(
