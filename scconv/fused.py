@@ -209,9 +209,9 @@ def pointwise(weight: Tensor, x: Tensor) -> Tensor:
     weight, memory_format = weight.flatten(1), memory_format_of(x)
     many_positions = x.shape[2:].numel() * sum(weight.shape) >= weight.numel()  # so an image outweighs the weight
     if memory_format == torch.contiguous_format and many_positions:
-        return torch.bmm(weight.expand(len(x), *weight.shape), x.flatten(2)).unflatten(2, x.shape[2:])
+        return torch.bmm(weight.expand(x.shape[0], *weight.shape), x.flatten(2)).unflatten(2, x.shape[2:])
     y = x.permute(0, 2, 3, 1).flatten(0, 2) @ weight.t()
-    return y.unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+    return y.unflatten(0, (x.shape[0], *x.shape[2:])).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
 
 
 def squeezed(

@@ -331,11 +331,12 @@ def test_compiles_to_one_graph(order, gate):
     assert x.grad is not None
 
 
-def test_exports_with_a_free_batch_size():
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_exports_with_a_free_batch_size(memory_format):
     layer = SCConv(16, 16)
-    x = randn(2, 16, 7, 7, dtype=torch.float32)
+    x = randn(2, 16, 7, 7, dtype=torch.float32).to(memory_format=memory_format)
     program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=1, max=64)},))
-    other = randn(5, 16, 7, 7, seed=3, dtype=torch.float32)
+    other = randn(5, 16, 7, 7, seed=3, dtype=torch.float32).to(memory_format=memory_format)
     assert_close(program.module()(other), layer(other))
 
 
