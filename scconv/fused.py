@@ -207,7 +207,7 @@ def split(up: Tensor, low: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 def pointwise(weight: Tensor, x: Tensor) -> Tensor:
     """A 1×1 convolution of x (N, C1, H, W). As a matrix product, whose backward pass is faster, and in two parts."""
     weight, memory_format = weight.flatten(1), memory_format_of(x)
-    many_positions = x.shape[2:].numel() * sum(weight.shape) >= weight.numel()  # so an image outweighs the weight
+    many_positions = x.shape[2] * x.shape[3] * sum(weight.shape) >= weight.numel()  # so an image outweighs the weight
     if memory_format == torch.contiguous_format and many_positions:
         return torch.bmm(weight.expand(x.shape[0], *weight.shape), x.flatten(2)).unflatten(2, x.shape[2:])
     y = x.permute(0, 2, 3, 1).flatten(0, 2) @ weight.t()

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -195,6 +196,20 @@ def test_a_value_on_the_threshold_where_denormal_numbers_count_as_zero(dtype):
     finally:
         torch.set_flush_denormal(False)
     assert_close(found, expected, **(EXACT if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_one_graph_serves_images_of_any_number_and_size(memory_format):
+    layer = build(8, 8)
+    torch.compiler.reset()
+    seen = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=seen, dynamic=True, fullgraph=True)
+    compiled(randn(2, 8, 16, 18).to(memory_format=memory_format))
+    graphs = seen.frame_count
+    for shape in ((3, 8, 20, 17), (5, 8, 25, 23), (4, 8, 32, 40)):
+        x = randn(*shape).to(memory_format=memory_format)
+        assert_close(compiled(x), text(layer)(x), **EXACT)
+    assert seen.frame_count == graphs > 0
 
 
 def test_a_gradient_that_is_not_laid_out_is_taken():
