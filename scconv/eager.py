@@ -164,7 +164,7 @@ class Rooms(NamedTuple):
     z: Tensor  # the gate's logit
     x_w: Tensor  # X^w, then the gradient by it
     rest: Tensor  # W2 ⊗ X, then the gradient by z
-    both: Tensor
+    both: Tensor  # the sum of the gradients by both halves of X^w
 
 
 def make_rooms(x: Tensor, dtype: torch.dtype, plan: Plan) -> Rooms:
