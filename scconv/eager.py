@@ -20,6 +20,7 @@ The rewrites, all equal up to rounding:
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 PIECE_BYTES = 2**22  # of x in one piece; a few buffers of this size are in use at a time
-aten = torch.ops.aten
+# Operators by their overload. On small tensors it takes longer to find it than to run it.
+convolution_backward = torch.ops.aten.convolution_backward.default
+group_norm_backward = torch.ops.aten.native_group_norm_backward.default
+softplus_backward = torch.ops.aten.softplus_backward.grad_input
+hardtanh_backward = torch.ops.aten.hardtanh_backward.grad_input
+threshold_backward = torch.ops.aten.threshold_backward.grad_input
 
 
 class Plan(NamedTuple):
@@ -47,6 +53,7 @@ class Plan(NamedTuple):
     margin: tuple[int, int]
     memory_format: torch.memory_format = torch.contiguous_format  # of x, so of all
     triton: bool = False  # the SRU's kernels in place of operators
+    piece: int = 1  # images at a time
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -59,7 +66,7 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 def empty(x: Tensor, channels: int, size: tuple[int, int], plan: Plan, dtype: torch.dtype) -> Tensor:
     """An uninitialised (N, C, H, W) with the batch of x."""
-    return torch.empty(len(x), channels, *size, dtype=dtype, device=x.device, memory_format=plan.memory_format)
+    return torch.empty(x.shape[0], channels, *size, dtype=dtype, device=x.device, memory_format=plan.memory_format)
 
 
 def is_like(room: Tensor | None, x: Tensor) -> bool:
@@ -67,15 +74,19 @@ def is_like(room: Tensor | None, x: Tensor) -> bool:
     return room is not None and room.shape == x.shape and room.dtype == x.dtype
 
 
-def in_pieces(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of a few images at a time, of x and of the others, which have as many images."""
-    size = max(1, len(x))
-    if x.device.type == "cpu" and x.numel():
-        size = max(1, PIECE_BYTES * torch.get_num_threads() * len(x) // (x.numel() * x.element_size()))
-    if size >= len(x):
-        yield x, *others
+def piece_of(x: Tensor) -> int:
+    """How many images of x one piece has."""
+    if x.device.type != "cpu" or not x.numel():
+        return max(1, x.shape[0])
+    return max(1, PIECE_BYTES * torch.get_num_threads() * x.shape[0] // (x.numel() * x.element_size()))
+
+
+def in_pieces(plan: Plan, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of a few images at a time, of tensors that have as many images each."""
+    if plan.piece >= tensors[0].shape[0]:
+        yield tensors
     else:
-        yield from zip(*(t.split(size) for t in (x, *others)), strict=True)
+        yield from zip(*(t.split(plan.piece) for t in tensors), strict=True)
 
 
 # ---- 1×1 convolutions ----------------------------------------------------------------------------------------------
@@ -93,7 +104,7 @@ def pointwise(weight: Tensor, x: Tensor, out: Tensor, plan: Plan) -> Tensor:
     if plan.memory_format == torch.channels_last:
         torch.mm(rows(x), weight.t(), out=rows(out))
     else:
-        torch.bmm(weight.expand(len(x), *weight.shape), x.flatten(2), out=out.flatten(2))
+        torch.bmm(weight.expand(x.shape[0], *weight.shape), x.flatten(2), out=out.flatten(2))
     return out
 
 
@@ -102,7 +113,7 @@ def add_pointwise(weight: Tensor, x: Tensor, out: Tensor, plan: Plan) -> Tensor:
     if plan.memory_format == torch.channels_last:
         rows(out).addmm_(rows(x), weight.t())
     else:
-        out.flatten(2).baddbmm_(weight.expand(len(x), *weight.shape), x.flatten(2))
+        out.flatten(2).baddbmm_(weight.expand(x.shape[0], *weight.shape), x.flatten(2))
     return out
 
 
@@ -175,8 +186,13 @@ def make_rooms(x: Tensor, dtype: torch.dtype, plan: Plan) -> Rooms:
 
 def number_above(t: float, dtype: torch.dtype) -> float:
     """The smallest number of `dtype` above t, so that z ≤ t is z < number_above(t)."""
+    return _number_above(t, dtype, denormals=math.ulp(0.0) > 0)  # torch.set_flush_denormal(True): 0 in their place
+
+
+@cache
+def _number_above(t: float, dtype: torch.dtype, denormals: bool) -> float:
     smallest = torch.finfo(dtype).smallest_normal
-    if abs(t) < smallest and not math.ulp(0.0) > 0:  # what is smaller counts as 0: torch.set_flush_denormal(True)
+    if abs(t) < smallest and not denormals:
         return smallest
     if dtype == torch.float64:
         return math.nextafter(t, math.inf)
@@ -189,10 +205,10 @@ def cross_reconstruct(x: Tensor, z: Tensor, x_w: Tensor, rest: Tensor, plan: Pla
     # softplus_backward(x, z, 1, t) is x where z > t, else x σ(z); threshold_backward(x, z, t) is x where z > t, else 0;
     # hardtanh_backward(x, z, -∞, t) is x where z < t, else 0.
     if plan.soft:
-        aten.softplus_backward(x, z, 1, plan.threshold, grad_input=x_w)  # W1 ⊗ X, and in its rest W2 is W1
-        aten.hardtanh_backward(x_w, z, -math.inf, number_above(plan.threshold, z.dtype), grad_input=rest)
+        softplus_backward(x, z, 1, plan.threshold, grad_input=x_w)  # W1 ⊗ X, and in its rest W2 is W1
+        hardtanh_backward(x_w, z, -math.inf, number_above(plan.threshold, z.dtype), grad_input=rest)
     else:
-        aten.threshold_backward(x, z, plan.threshold, grad_input=x_w)
+        threshold_backward(x, z, plan.threshold, grad_input=x_w)
         torch.sub(x, x_w, out=rest)
     for half, other in zip(x_w.chunk(2, dim=1), reversed(rest.chunk(2, dim=1)), strict=True):
         half.add_(other)
@@ -240,31 +256,45 @@ def sru_backward(x, scale, shift, mean, rstd, plan: Plan, rooms: Rooms | None, g
     if not plan.soft:
         for half, own, other in zip(g.chunk(2, dim=1), reversed(halves), halves, strict=True):
             torch.sub(own, other, out=half)
-        g_x.copy_(aten.threshold_backward(g, z, t, grad_input=g).add_(g_other))
+        g_x.copy_(threshold_backward(g, z, t, grad_input=g).add_(g_other))
         return None, None
     for half in both.chunk(2, dim=1):  # what was not informative went to both
         torch.add(*halves, out=half)
-    aten.softplus_backward(both, z, 1, t, grad_input=g)
+    softplus_backward(both, z, 1, t, grad_input=g)
     g_z = rest.mul_(both.sub_(g))  # x σ(z) (1 - σ(z)) both where not informative, else 0
-    g.sub_(aten.threshold_backward(g_other, z, t, grad_input=g_other))  # the gradient, if z were fixed
+    g.sub_(threshold_backward(g_other, z, t, grad_input=g_other))  # the gradient, if z were fixed
 
-    # Through the group norm, what a group's statistics pass on is linear in x, and follows from sums of g_z and x g_z.
-    by_group, per_channel = (*mean.shape, x.shape[1] // plan.gn_groups), (*x.shape[:2], 1, 1)
-    sums = g_z.sum((2, 3)).view(by_group)
-    sums_x = torch.mul(g_z, x, out=both).sum((2, 3)).view(by_group)
-    mean, rstd, scale = mean[:, :, None], rstd[:, :, None], scale.view(plan.gn_groups, -1)
-    share = scale / (x.shape[2:].numel() * scale.shape[1])
-    by_mean, by_square = (sums * share).sum(2, keepdim=True), (sums_x * share).sum(2, keepdim=True)
-    slope = (mean * by_mean - by_square) * rstd**3
-    level = -mean * slope - rstd * by_mean
-    slope, level = (t.expand_as(sums).reshape(per_channel) for t in (slope, level))
-    g.addcmul_(g_z, (rstd * scale).view(per_channel)).addcmul_(x, slope).add_(level)
+    n, channels, height, width = x.shape
+    through_norm, by_scale, by_shift = group_norm_backward(
+        g_z, x, mean, rstd, scale, n, channels, height * width, plan.gn_groups, (True, True, True)
+    )
+    g.add_(through_norm)
     if g is not g_x:
         g_x.copy_(g)
-    return ((sums_x - mean * sums) * rstd).sum(0).flatten(), sums.sum(0).flatten()
+    return by_scale, by_shift
 
 
 # ---- the layer -----------------------------------------------------------------------------------------------------
+
+
+def gate_affine(gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift of the gate's group norm, W_γ γ and W_γ β, each (C,): (1) above."""
+    w_gamma = gamma / gamma.sum()  # Eq. (2)
+    return w_gamma * gamma, w_gamma * beta
+
+
+def gate_affine_backward(gamma, beta, g_scale, g_shift) -> tuple[Tensor, Tensor]:
+    """The gradients by γ and β."""
+    total = gamma.sum()
+    w_gamma = gamma / total
+    g_w = g_scale * gamma + g_shift * beta
+    return (g_w - (g_w * w_gamma).sum()) / total + g_scale * w_gamma, g_shift * w_gamma
+
+
+def with_identity(pwc_low: Tensor | None, squeeze_low: Tensor) -> Tensor:
+    """[PWC2; I] as a matrix (C2, (1 - α)C1/r)."""
+    identity = torch.eye(squeeze_low.shape[0], dtype=squeeze_low.dtype, device=squeeze_low.device)
+    return identity if pwc_low is None else torch.cat([pwc_low.flatten(1), identity])
 
 
 def forward_pass(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower, plan, norm=None):
@@ -275,11 +305,11 @@ def forward_pass(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lo
     """
     squeeze_up, squeeze_low, pwc_up = squeeze_up.flatten(1), squeeze_low.flatten(1), pwc_up.flatten(1)
     wide, dtype, size = scale.dtype, gwc.dtype, at_centre(x[:1, :1], plan).shape[2:]
-    x_up = empty(x, len(squeeze_up), x.shape[2:], plan, dtype)
-    x_low = empty(x, len(squeeze_low), size, plan, dtype)
-    y, beta1 = empty(x, len(gwc), size, plan, dtype), x.new_empty(len(x), len(gwc), 1, 1, dtype=dtype)
-    mean, rstd = (x.new_empty(len(x), plan.gn_groups, dtype=wide) for _ in range(2))
-    for x_, x_up_, x_low_, y_, mean_, rstd_ in in_pieces(x, x_up, x_low, y, mean, rstd):
+    x_up = empty(x, squeeze_up.shape[0], x.shape[2:], plan, dtype)
+    x_low = empty(x, squeeze_low.shape[0], size, plan, dtype)
+    y, beta1 = empty(x, gwc.shape[0], size, plan, dtype), x.new_empty(x.shape[0], gwc.shape[0], 1, 1, dtype=dtype)
+    mean, rstd = (x.new_empty(x.shape[0], plan.gn_groups, dtype=wide) for _ in range(2))
+    for x_, x_up_, x_low_, y_, mean_, rstd_ in in_pieces(plan, x, x_up, x_low, y, mean, rstd):
         x_w, *statistics = sru(x_, scale, shift, plan, room=y_)
         for kept, found in zip((mean_, rstd_), statistics, strict=True):
             kept.copy_(found)
@@ -289,7 +319,7 @@ def forward_pass(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lo
 
     d = F.conv2d(x_up, gwc, bias, plan.stride, plan.padding, plan.dilation, plan.groups)
     d = d.contiguous(memory_format=plan.memory_format)
-    for _, x_up_, x_low_, d_, y_, beta1_ in in_pieces(x, x_up, x_low, d, y, beta1):
+    for x_up_, x_low_, d_, y_, beta1_ in in_pieces(plan, x_up, x_low, d, y, beta1):
         y2 = pointwise(lower, x_low_, y_, plan)  # (6)
         add_pointwise(pwc_up, at_centre(x_up_, plan), d_, plan).sub_(y2)  # (5): Y1 - Y2
         difference = d_.mean((2, 3), keepdim=True, dtype=wide)  # (7)
@@ -301,48 +331,50 @@ def forward_pass(x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lo
 
 
 class EagerSCConv(torch.autograd.Function):
-    """Eq. (1)-(9) from x and the layer's tensors: the group norm's affine, the weights, and `lower`, [PWC2; I]."""
+    """Eq. (1)-(9) from x and the layer's own tensors."""
 
     @staticmethod
-    def forward(ctx, x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower, plan):
+    def forward(ctx, x, gamma, beta, squeeze_up, squeeze_low, gwc, pwc_up, bias, pwc_low, plan):
         x = x.contiguous(memory_format=plan.memory_format)
-        weights = squeeze_up, squeeze_low, gwc, pwc_up
-        y, *kept = forward_pass(x, scale, shift, *weights, bias, lower, plan)
-        ctx.save_for_backward(x, scale, shift, *weights, lower, *kept)
-        ctx.plan, ctx.has_bias = plan, bias is not None
+        weights, lower = (squeeze_up, squeeze_low, gwc, pwc_up), with_identity(pwc_low, squeeze_low)
+        affine = gate_affine(gamma, beta)
+        y, *kept = forward_pass(x, *affine, *weights, bias, lower, plan)
+        ctx.save_for_backward(x, gamma, beta, *affine, *weights, lower, *kept)
+        ctx.plan, ctx.has_bias, ctx.has_pwc_low = plan, bias is not None, pwc_low is not None
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        x, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, lower, d, beta1, mean, rstd = ctx.saved_tensors
+        x, gamma, beta, scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, lower, *kept = ctx.saved_tensors
+        d, beta1, mean, rstd = kept
         squeeze_up, squeeze_low, pwc_up = squeeze_up.flatten(1), squeeze_low.flatten(1), pwc_up.flatten(1)
         plan, dtype = ctx.plan, gwc.dtype
         g = g.contiguous(memory_format=plan.memory_format)
         g1, through_mean = torch.empty_like(d), torch.empty_like(beta1)
-        for _, d_, beta1_, g_, g1_, through_mean_ in in_pieces(x, d, beta1, g, g1, through_mean):
+        for d_, beta1_, g_, g1_, through_mean_ in in_pieces(plan, d, beta1, g, g1, through_mean):
             g_s = torch.mul(g_, d_, out=g1_).sum((2, 3), keepdim=True) * beta1_ * (1 - beta1_)  # by S1, and by -S2
             torch.div(g_s, d.shape[2:].numel(), out=through_mean_)
             torch.addcmul(through_mean_, beta1_, g_, out=g1_)  # by Y1
 
         # The gradient by X_up needs no X_up. That by GWC's weight does, and comes last: X_up is made again in between.
-        x_up = empty(x, len(squeeze_up), x.shape[2:], plan, dtype)
-        gwc_backward = [g1, x_up, gwc, [len(gwc)], plan.stride, plan.padding, plan.dilation, False, (0, 0), plan.groups]
-        g_x_up, _, g_bias = aten.convolution_backward(*gwc_backward, (True, False, ctx.has_bias))
+        x_up = empty(x, squeeze_up.shape[0], x.shape[2:], plan, dtype)
+        options = [gwc.shape[0]], plan.stride, plan.padding, plan.dilation, False, (0, 0), plan.groups
+        g_x_up, _, g_bias = convolution_backward(g1, x_up, gwc, *options, (True, False, ctx.has_bias))
         g_x_up = g_x_up.contiguous(memory_format=plan.memory_format)
 
         g_x, g_scale, g_shift = torch.empty_like(x), torch.zeros_like(scale), torch.zeros_like(shift)
         g_squeeze_up, g_squeeze_low = torch.zeros_like(squeeze_up), torch.zeros_like(squeeze_low)
         g_pwc_up, g_lower = torch.zeros_like(pwc_up), torch.zeros_like(lower)
-        rooms = None if plan.triton else make_rooms(next(in_pieces(x))[0], scale.dtype, plan)
-        tensors = mean, rstd, x_up, g_x_up, g, g1, beta1, through_mean, g_x
-        for x_, mean_, rstd_, x_up_, g_x_up_, g_, g1_, beta1_, through_mean_, g_x_ in in_pieces(x, *tensors):
-            rooms_ = rooms and Rooms(*(room[: len(x_)] for room in rooms))
+        rooms = None if plan.triton else make_rooms(x[: plan.piece], scale.dtype, plan)
+        tensors = x, mean, rstd, x_up, g_x_up, g, g1, beta1, through_mean, g_x
+        for x_, mean_, rstd_, x_up_, g_x_up_, g_, g1_, beta1_, through_mean_, g_x_ in in_pieces(plan, *tensors):
+            rooms_ = rooms and Rooms(*(room[: x_.shape[0]] for room in rooms))
             x_w = sru_again(x_, scale, shift, mean_, rstd_, plan, rooms_)
             up, low = x_w.to(dtype).tensor_split([plan.up_channels], dim=1)
             low = at_centre(low, plan)
             pointwise(squeeze_up, up, x_up_, plan)
-            x_low = pointwise(squeeze_low, low, empty(x_, len(squeeze_low), d.shape[2:], plan, dtype), plan)
+            x_low = pointwise(squeeze_low, low, empty(x_, squeeze_low.shape[0], d.shape[2:], plan, dtype), plan)
 
             room = rooms_.both if rooms_ and is_like(rooms_.both, g_) else torch.empty_like(g_)
             g2 = torch.addcmul(-through_mean_, 1 - beta1_, g_, out=room)  # by Y2
@@ -367,6 +399,8 @@ class EagerSCConv(torch.autograd.Function):
             if plan.soft:
                 g_scale += by_scale
                 g_shift += by_shift
-        _, g_gwc, _ = aten.convolution_backward(*gwc_backward, (False, True, False))
-        g_squeeze_up, g_squeeze_low, g_pwc_up = (w[:, :, None, None] for w in (g_squeeze_up, g_squeeze_low, g_pwc_up))
-        return g_x, g_scale, g_shift, g_squeeze_up, g_squeeze_low, g_gwc, g_pwc_up, g_bias, g_lower, None
+        _, g_gwc, _ = convolution_backward(g1, x_up, gwc, *options, (False, True, False))
+        g_affine = gate_affine_backward(gamma, beta, g_scale, g_shift) if plan.soft else (None, None)
+        g_pwc_low = g_lower[: -squeeze_low.shape[0], :, None, None] if ctx.has_pwc_low else None  # not by the identity
+        g_squeeze_up, g_squeeze_low, g_pwc_up = (g[:, :, None, None] for g in (g_squeeze_up, g_squeeze_low, g_pwc_up))
+        return g_x, *g_affine, g_squeeze_up, g_squeeze_low, g_gwc, g_pwc_up, g_bias, g_pwc_low, None

@@ -25,7 +25,7 @@ from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from scconv import kernels
-from scconv.eager import EagerSCConv, Plan, at_centre, memory_format_of
+from scconv.eager import EagerSCConv, Plan, at_centre, gate_affine, memory_format_of, piece_of, with_identity
 
 if TYPE_CHECKING:
     from scconv.layers import CRU, SRU, SCConv
@@ -64,7 +64,8 @@ def needs_plain(layer: "SCConv") -> bool:
         return True  # the rewrites use that β1 + β2 = 1
     if not is_compiling() and torch._C._are_functorch_transforms_active():
         return True  # the hand-written backward has no rule for torch.func; it would raise
-    return any(_is_watched(part) or type(part) not in STOCK for part in layer.modules() if part is not layer)
+    parts = layer.sru, layer.cru, *layer.sru.children(), *layer.cru.children()
+    return any(_is_watched(part) or type(part) not in STOCK for part in parts)
 
 
 def _is_watched(part: nn.Module) -> bool:
@@ -73,22 +74,21 @@ def _is_watched(part: nn.Module) -> bool:
 
 
 def read_layer(sru: "SRU", cru: "CRU", wide: torch.dtype, dtype: torch.dtype) -> tuple[list[Tensor | None], Plan]:
-    """The layer as the forms below take it: the gate's affine in `wide`, the convolutions' weights in `dtype`."""
+    """The layer's own tensors: γ and β in `wide`, the convolutions' in `dtype`, the last two perhaps None."""
     gamma, beta = sru.gn.weight.to(wide), sru.gn.bias.to(wide)
-    w_gamma = gamma / gamma.sum()  # (2)
-    scale, shift = w_gamma * gamma, w_gamma * beta  # of the gate's group norm
-    if sru.gate == "hard":
-        scale, shift = scale.detach(), shift.detach()  # they act through a comparison only
-    lower = torch.eye(cru.squeeze_low.out_channels, dtype=dtype, device=scale.device)
-    if cru.pwc_low is not None:
-        lower = torch.cat([cru.pwc_low.weight.flatten(1).to(dtype), lower])  # [PWC2; I]
     weights = [convolution.weight.to(dtype) for convolution in (cru.squeeze_up, cru.squeeze_low, cru.gwc, cru.pwc_up)]
     bias = None if cru.gwc.bias is None else cru.gwc.bias.to(dtype)
+    pwc_low = None if cru.pwc_low is None else cru.pwc_low.weight.to(dtype)
     plan = Plan(
         sru.gn.num_groups, sru.gn.eps, math.log(sru.gate_threshold / (1 - sru.gate_threshold)), sru.gate == "soft",
         cru.up_channels, cru.stride, cru.padding, cru.dilation, cru.gwc.groups, cru.margin,
     )  # fmt: skip
-    return [scale, shift, *weights, bias, lower], plan
+    return [gamma, beta, *weights, bias, pwc_low], plan
+
+
+def prepare(gamma, beta, squeeze_up, squeeze_low, gwc, pwc_up, bias, pwc_low) -> tuple[Tensor | None, ...]:
+    """What `compiled_scconv` and `eager.forward_pass` take: the gate's affine, the weights, a bias, and [PWC2; I]."""
+    return *gate_affine(gamma, beta), squeeze_up, squeeze_low, gwc, pwc_up, bias, with_identity(pwc_low, squeeze_low)
 
 
 def scconv_forward(sru: "SRU", cru: "CRU", x: Tensor) -> Tensor:
@@ -100,14 +100,19 @@ def scconv_forward(sru: "SRU", cru: "CRU", x: Tensor) -> Tensor:
     plan = plan_for(plan, x)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         if is_compiling():
-            return compiled_scconv(x, *tensors, plan)
+            return compiled_scconv(x, *prepare(*tensors), plan)
         return EagerSCConv.apply(x, *tensors, plan)
 
 
 def plan_for(plan: Plan, x: Tensor) -> Plan:
     """The plan for x: in its memory format, and with Triton kernels for the SRU where they can be used."""
-    triton = not (is_compiling() or _wanted["stock"]) and kernels.supports(x, plan.gn_groups) is None
-    return plan._replace(memory_format=memory_format_of(x), triton=triton)
+    memory_format = memory_format_of(x)
+    if is_compiling():
+        return plan._replace(memory_format=memory_format)
+    triton = not _wanted["stock"] and kernels.supports(x, plan.gn_groups) is None
+    if x.is_cuda and not triton:
+        memory_format = torch.contiguous_format  # CUDA's group norm takes no other
+    return plan._replace(memory_format=memory_format, triton=triton, piece=piece_of(x))
 
 
 # ---- for a compiler ------------------------------------------------------------------------------------------------
@@ -219,6 +224,8 @@ def squeezed(
 ) -> tuple[Tensor, Tensor]:
     """X_up and X_low, the latter where the kernel's centre lies. A compiler would keep them, and X^w, for the backward
     pass: here they are made again, from x."""
+    if not plan.soft:
+        scale, shift = scale.detach(), shift.detach()  # they act through a comparison only
     mean, rstd = group_statistics(x.detach(), plan.gn_groups, plan.eps)
     spread = per_group(scale.detach(), plan.gn_groups)
     factor, offset = rstd @ spread, torch.addmm(shift.detach(), mean * rstd, spread, alpha=-1)

@@ -25,9 +25,8 @@ class FoldedSCConv(nn.Module):
         dtype = scconv.cru.gwc.weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
         with torch.no_grad():
-            (scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower), self.plan = fused.read_layer(
-                scconv.sru, scconv.cru, wide, dtype
-            )
+            tensors, self.plan = fused.read_layer(scconv.sru, scconv.cru, wide, dtype)
+            scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower = fused.prepare(*tensors)
             factor, offset = affine_of(norm) if norm is not None else (torch.ones(len(gwc)), torch.zeros(len(gwc)))
             factor, offset = factor.to(gwc), offset.to(gwc)
             gwc, pwc_up = gwc * factor[:, None, None, None], pwc_up * factor[:, None, None, None]
