@@ -351,11 +351,10 @@ class EagerSCConv(torch.autograd.Function):
         squeeze_up, squeeze_low, pwc_up = squeeze_up.flatten(1), squeeze_low.flatten(1), pwc_up.flatten(1)
         plan, dtype = ctx.plan, gwc.dtype
         g = g.contiguous(memory_format=plan.memory_format)
-        g1, through_mean = torch.empty_like(d), torch.empty_like(beta1)
-        for d_, beta1_, g_, g1_, through_mean_ in in_pieces(plan, d, beta1, g, g1, through_mean):
+        g1, pixels = torch.empty_like(d), d.shape[2:].numel()
+        for d_, beta1_, g_, g1_ in in_pieces(plan, d, beta1, g, g1):
             g_s = torch.mul(g_, d_, out=g1_).sum((2, 3), keepdim=True) * beta1_ * (1 - beta1_)  # by S1, and by -S2
-            torch.div(g_s, d.shape[2:].numel(), out=through_mean_)
-            torch.addcmul(through_mean_, beta1_, g_, out=g1_)  # by Y1
+            torch.addcmul(g_s / pixels, beta1_, g_, out=g1_)  # by Y1
 
         # The gradient by X_up needs no X_up. That by GWC's weight does, and comes last: X_up is made again in between.
         x_up = empty(x, squeeze_up.shape[0], x.shape[2:], plan, dtype)
@@ -367,8 +366,8 @@ class EagerSCConv(torch.autograd.Function):
         g_squeeze_up, g_squeeze_low = torch.zeros_like(squeeze_up), torch.zeros_like(squeeze_low)
         g_pwc_up, g_lower = torch.zeros_like(pwc_up), torch.zeros_like(lower)
         rooms = None if plan.triton else make_rooms(x[: plan.piece], scale.dtype, plan)
-        tensors = x, mean, rstd, x_up, g_x_up, g, g1, beta1, through_mean, g_x
-        for x_, mean_, rstd_, x_up_, g_x_up_, g_, g1_, beta1_, through_mean_, g_x_ in in_pieces(plan, *tensors):
+        tensors = x, mean, rstd, x_up, g_x_up, g, g1, g_x
+        for x_, mean_, rstd_, x_up_, g_x_up_, g_, g1_, g_x_ in in_pieces(plan, *tensors):
             rooms_ = rooms and Rooms(*(room[: x_.shape[0]] for room in rooms))
             x_w = sru_again(x_, scale, shift, mean_, rstd_, plan, rooms_)
             up, low = x_w.to(dtype).tensor_split([plan.up_channels], dim=1)
@@ -377,7 +376,7 @@ class EagerSCConv(torch.autograd.Function):
             x_low = pointwise(squeeze_low, low, empty(x_, squeeze_low.shape[0], d.shape[2:], plan, dtype), plan)
 
             room = rooms_.both if rooms_ and is_like(rooms_.both, g_) else torch.empty_like(g_)
-            g2 = torch.addcmul(-through_mean_, 1 - beta1_, g_, out=room)  # by Y2
+            g2 = torch.sub(g_, g1_, out=room)  # by Y2
             add_weight_grad(g_lower, g2, x_low, plan)
             g_x_low = pointwise(lower.t(), g2, x_low, plan)  # X_low has served
             add_weight_grad(g_squeeze_low, g_x_low, low, plan)
