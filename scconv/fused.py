@@ -25,7 +25,16 @@ from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from scconv import kernels
-from scconv.eager import EagerSCConv, Plan, at_centre, gate_affine, memory_format_of, piece_of, with_identity
+from scconv.eager import (
+    EagerSCConv,
+    Plan,
+    at_centre,
+    convolution_backward,
+    gate_affine,
+    memory_format_of,
+    piece_of,
+    with_identity,
+)
 
 if TYPE_CHECKING:
     from scconv.layers import CRU, SRU, SCConv
@@ -254,7 +263,7 @@ class GroupedConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         x_up, weight = ctx.saved_tensors
-        plan, convolution_backward = ctx.plan, torch.ops.aten.convolution_backward
+        plan = ctx.plan
         options = weight, [len(weight)], plan.stride, plan.padding, plan.dilation, False, (0, 0), plan.groups
         g_x_up, _, g_bias = convolution_backward(g, torch.empty_like(x_up), *options, (True, False, ctx.has_bias))
         _, g_weight, _ = convolution_backward(g, x_up, *options, (False, True, False))
