@@ -120,7 +120,7 @@ def plan_for(plan: Plan, x: Tensor) -> Plan:
         return plan._replace(memory_format=memory_format)
     triton = not _wanted["stock"] and kernels.supports(x, plan.gn_groups) is None
     if x.is_cuda and not triton:
-        memory_format = torch.contiguous_format  # CUDA's group norm takes no other
+        memory_format = torch.contiguous_format  # CUDA's group norm works in no other
     return plan._replace(memory_format=memory_format, triton=triton, piece=piece_of(x))
 
 
