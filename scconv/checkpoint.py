@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from scconv import __version__
 from scconv.files import atomic_file
 
-FORMAT = 2  # of the checkpoint
+FORMAT = 3  # of the checkpoint
 
 
 @dataclass
@@ -43,6 +43,7 @@ class RunState:
     epoch: int = 0  # epochs that are complete
     now: EpochSoFar | None = None
     history: list[dict] = field(default_factory=list)
+    right: Tensor | None = None  # which test images were classified right after the last complete epoch, bool (N,)
 
     def parts(self) -> dict:
         parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
@@ -65,6 +66,7 @@ def save_checkpoint(state: RunState, path: Path, identity: dict) -> None:
         "epoch": state.epoch,
         "now": vars(state.now) if state.now else None,
         "history": state.history,
+        "right": state.right,
         "random": torch.get_rng_state(),
         "random_gpu": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         **{name: part.state_dict() for name, part in state.parts().items()},
@@ -109,7 +111,7 @@ def restore(state: RunState, saved: dict, device: torch.device) -> None:
     """Put what `load_checkpoint` returned into `state`, and the generators of random numbers where they were."""
     for name, part in state.parts().items():
         part.load_state_dict(saved[name])
-    state.epoch, state.history = saved["epoch"], saved["history"]
+    state.epoch, state.history, state.right = saved["epoch"], saved["history"], saved["right"]
     if saved["now"]:
         state.now = EpochSoFar(**saved["now"])
         state.now.totals, state.now.good_steps = state.now.totals.to(device), state.now.good_steps.to(device)

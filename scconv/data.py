@@ -9,6 +9,7 @@ Where sets are looked for: `root`, else the environment variable SCCONV_DATA, el
 `download=True`.
 """
 
+import hashlib
 import json
 import os
 import zipfile
@@ -40,11 +41,11 @@ class Photographs(Dataset):
     """Food-101's images of one split, cropped to a square: an item is addressed by (index, seed).
 
     The seed makes a random crop and flip a function of the item's address, whichever worker decodes it.
-    `transform` takes a PIL image to a uint8 tensor (3, H, W).
+    `transform` takes a PIL image to a uint8 tensor (3, H, W). `names` are the images' own, such as "sushi/12345".
     """
 
-    def __init__(self, images: Food101, transform: v2.Transform):
-        self.images, self.transform = images, transform
+    def __init__(self, images: Food101, transform: v2.Transform, names: tuple[str, ...] = ()):
+        self.images, self.transform, self.names = images, transform, names
 
     def __len__(self) -> int:
         return len(self.images)
@@ -201,10 +202,16 @@ def load_food101(root: Path, image_size: int = 224, download: bool = False, work
         IMAGENET_MEAN,
         IMAGENET_STD,
         train=Photographs(train, crop),
-        test=Photographs(test, centre),
+        test=Photographs(test, centre, food101_names(root)),
         train_plain=Photographs(train, centre),
         workers=min(8, os.cpu_count() or 1) if workers is None else workers,
     )
+
+
+def food101_names(root: Path) -> tuple[str, ...]:
+    """The names of the test images in the order of torchvision's `Food101`."""
+    listed = json.loads((root / "food-101" / "meta" / "test.json").read_text(encoding="utf-8"))
+    return tuple(name for names in listed.values() for name in names)
 
 
 def missing(name: str, root: Path, looked_for: str) -> ValueError:
@@ -275,7 +282,7 @@ def eval_batches(
     data: ImageData, batch_size: int, *, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All test images in order, each once, without augmentation: as `train_batches`, with the last batch in."""
-    shares = [batch.tensor_split(world)[rank] for batch in torch.arange(data.num_test).split(batch_size)]
+    shares = eval_shares(data, batch_size, rank, world)
     if isinstance(data.test, Photographs):
         yield from photograph_batches(data, data.test, shares, 0, 0, device)
         return
@@ -285,6 +292,11 @@ def eval_batches(
         if len(share):
             part = slice(int(share[0]), int(share[-1]) + 1)
             yield normalise(images[part], mean, std), labels[part]
+
+
+def eval_shares(data: ImageData, batch_size: int, rank: int = 0, world: int = 1) -> list[Tensor]:
+    """Which test images each batch of `eval_batches` has: indices, int64 (n,)."""
+    return [batch.tensor_split(world)[rank] for batch in torch.arange(data.num_test).split(batch_size)]
 
 
 def photograph_batches(
@@ -303,6 +315,13 @@ def photograph_batches(
 
 def photograph_addresses(indices: list[int], seed: int, epoch: int) -> list[tuple[int, int]]:
     return [(index, derive_seed(seed, epoch, 2, index)) for index in indices]
+
+
+def test_image_ids(data: ImageData) -> list[str]:
+    """A name for each test image that is the same in each copy of the set, whatever the order of its images."""
+    if isinstance(data.test, Photographs):
+        return list(data.test.names)
+    return [hashlib.sha256(image.tobytes()).hexdigest() for image in data.test[0].cpu().numpy()]
 
 
 def pick_test_images(data: ImageData, n: int) -> tuple[Tensor, Tensor]:
@@ -346,6 +365,13 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor, pa
     windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # (N, C, 2p + 1, 2p + 1, H, W)
     cut = windows[torch.arange(len(images), device=images.device), :, top, left]  # (N, C, H, W)
     return torch.where(flipped[:, None, None, None], cut.flip(3), cut)
+
+
+def shrink(images: Tensor, size: int) -> Tensor:
+    """Floating-point images (N, C, H, W) as (N, C, size, size); bilinear, antialiased."""
+    if images.shape[2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

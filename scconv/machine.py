@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+PACKAGE = Path(__file__).resolve().parent
+
 
 def peak_memory_mib(device: torch.device) -> float | None:
     """MiB: on CUDA what was allocated at most during the run, else what the process held at most since it began."""
@@ -32,12 +34,24 @@ def device_name(device: torch.device) -> str:
 
 def find_commit() -> str | None:
     """The commit of the checkout that this file is in, with -dirty for local changes; None where there is none."""
-    here = Path(__file__).resolve()
-    git = ["git", "-C", str(here.parent)]
+    return ask_git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def find_tree() -> str | None:
+    """Git's id of the package's folder, with -dirty for local changes in it: the same code has it in every commit."""
+    tree = ask_git("rev-parse", f"HEAD:./{PACKAGE.name}", folder=PACKAGE.parent)
+    changes = ask_git("status", "--porcelain", "--", PACKAGE.name, folder=PACKAGE.parent)
+    return f"{tree}-dirty" if tree and changes else tree
+
+
+def ask_git(*words: str, folder: Path = PACKAGE) -> str | None:
+    """What git prints in that folder; None without git, or where the package is not the repository's own."""
+    git = ["git", "-C", str(folder)]
     try:
         # a package installed inside another repository is not that repository's
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True, timeout=30)
-        command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(command, check=True, capture_output=True, timeout=30, text=True).stdout.strip() or None
+        own = [*git, "ls-files", "--error-unmatch", str(PACKAGE / "__init__.py")]
+        subprocess.run(own, check=True, capture_output=True, timeout=30)
+        answer = subprocess.run([*git, *words], check=True, capture_output=True, timeout=30, text=True)
+        return answer.stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None

@@ -5,6 +5,8 @@ import pandas as pd
 import seaborn
 from matplotlib.figure import Figure
 
+from scconv.results import KEYS
+
 # The colours of Okabe and Ito, which stay apart for colour-blind readers. Names that contain others come first.
 COLOURS = {
     "published": "#999999",  # the popular implementation's reading
@@ -29,9 +31,10 @@ def draw_learning_curves(curves: pd.DataFrame) -> Figure:
     The colour is the family's. Dashes are seed 1, dots further seeds, dashes and dots the hard gate.
     """
     fig, ax = plt.subplots(figsize=(6.5, 5.8))
-    for (network, seed), run in curves.groupby(["network", "seed"], sort=False):
+    for (*_, network, setting, seed), run in curves.groupby([*KEYS, "seed"], sort=False):
         style = "-." if "gate=hard" in network else {0: "-", 1: "--"}.get(seed, ":")
-        ax.plot(run["epoch"], 100 * run["test_top1"], style, color=colour_of(network), label=f"{network}, seed {seed}")
+        label = ", ".join(word for word in (network, setting, f"seed {seed}") if word)
+        ax.plot(run["epoch"], 100 * run["test_top1"], style, color=colour_of(network), label=label)
     ax.set(xlabel="epoch", ylabel="test top-1 (%)", ylim=(0, None))
     fig.legend(loc="outside lower center")  # inside, it would hide curves
     return fig

@@ -16,21 +16,24 @@ import torch
 from torch import nn
 
 from scconv import __version__
-from scconv.files import atomic_file, checksum, read_run
-from scconv.machine import device_name, find_commit, peak_memory_mib
+from scconv.checkpoint import RunState
+from scconv.data import test_image_ids
+from scconv.files import FORMATS, atomic_file, checksum, read_run
+from scconv.machine import device_name, find_commit, find_tree, peak_memory_mib
 from scconv.models import build_model
+from scconv.paired import pack_hits
 from scconv.pretrained import FOLDER
 from scconv.run import Run
 
-FORMAT = 2
 
-
-def write_result(run: Run, model: nn.Module, history: list[dict], counts: dict, device: torch.device) -> dict:
+def write_result(run: Run, state: RunState, counts: dict, device: torch.device) -> dict:
     """Write the weights, then the result, so that where a result is, its weights are."""
-    weights = safetensors.torch.save({key: value.cpu().contiguous() for key, value in model.state_dict().items()})
+    tensors = state.model.state_dict().items()
+    weights = safetensors.torch.save({key: value.cpu().contiguous() for key, value in tensors})
     with atomic_file(run.path(".safetensors")) as file:
         file.write(weights)
-    result = describe_run(run, history, counts, device)
+    result = describe_run(run, state.history, counts, device)
+    result["hits"] = pack_hits(state.right, test_image_ids(run.data))
     result["weights"] = {"file": run.path(".safetensors").name, "sha256": hashlib.sha256(weights).hexdigest()}
     result["sha256"] = checksum(json.loads(json.dumps(result)))  # of what will be read again: tuples become lists
     with atomic_file(run.path(".json")) as file:
@@ -45,7 +48,7 @@ def describe_run(run: Run, history: list[dict], counts: dict, device: torch.devi
     timed = history[1:] or history
     images = len(timed) * run.steps_per_epoch * run.recipe.batch_size
     return {
-        "format": FORMAT,
+        "format": FORMATS[-1],
         "name": run.name,
         "model": run.model_name,
         "model_options": run.model_options,
@@ -75,11 +78,12 @@ def describe_run(run: Run, history: list[dict], counts: dict, device: torch.devi
             "scconv": __version__,  # not from the installation: on Colab the package is only on the path
             "platform": f"{platform.system()} {platform.machine()}",
         },
-        "device": {"name": device_name(device), "threads": torch.get_num_threads()},
+        "device": {"kind": device.type, "name": device_name(device), "threads": torch.get_num_threads()},
         "precision": settings.precision,
         "compile": settings.compile,
         "channels_last": settings.channels_last,
         "commit": find_commit(),
+        "tree": find_tree(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": run.command,
     }

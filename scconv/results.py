@@ -1,7 +1,8 @@
 """Result files of training runs: read them, put them into tables and learning curves.
 
-`python -m scconv.results --table overall` prints the table that the report shows. Accuracies are fractions in the
-files and in the data frames; only what is printed is in percent.
+`python -m scconv.results --table overall` prints the table that the report shows, and `--compare A.json B.json` how two
+runs differ on their test images. Accuracies are fractions in the files and in the data frames; only what is printed is
+in percent.
 """
 
 import argparse
@@ -12,14 +13,17 @@ from pathlib import Path
 import pandas as pd
 
 from scconv.files import read_run
+from scconv.paired import Comparison, compare_runs
+from scconv.recipes import RECIPES, build_recipe
 from scconv.record import RESULTS
 
 TITLES = {"cifar100": "CIFAR-100", "food101": "Food-101", "digits": "digits"}
 MISSION = ("resnet50", "scconv_resnet50", "densenet121", "scconv_densenet121")
 # Rows that a table has with or without a run: (data, recipe, network). Other runs get theirs by being there.
-EXPECTED = tuple((data, "fast", network) for data in ("CIFAR-100", "Food-101") for network in MISSION)
+FOOD_SUBSET = "Food-101, 10 classes, 128 px"
+EXPECTED = tuple((data, recipe, n) for data, recipe in (("CIFAR-100", "short"), (FOOD_SUBSET, "fast")) for n in MISSION)
 SHOWN_EPOCHS = (1, 2, 5, 10, 20, 50, 100)  # where two recipes are compared, besides the last
-KEYS = ["data", "recipe", "epochs", "network"]
+KEYS = ["data", "recipe", "epochs", "network", "setting"]  # runs that differ in none of these are one experiment
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -37,7 +41,11 @@ def read_runs(folder: Path = RESULTS / "runs") -> list[dict]:
 
 
 def describe(run: dict) -> dict:
-    """The experiment that a run belongs to, in words. Runs that differ in their seed only are one experiment."""
+    """The experiment that a run belongs to, in words. Runs that differ in their seed only are one experiment.
+
+    `setting` has what is not the recipe's own: batch size, learning rate and image sizes, then precision, and the name
+    of the device unless it is a processor, of which one is as good as another.
+    """
     data, recipe = run["data"], run["recipe"]
     title = TITLES.get(data["name"], data["name"])
     if data["name"] == "food101" and data["classes"] != 101:
@@ -45,7 +53,27 @@ def describe(run: dict) -> dict:
     if data["image_size"] != (224 if data["name"] == "food101" else 32):
         title += f", {data['image_size']} px"
     options = "".join(f", {key}={value}" for key, value in run["model_options"].items())
-    return {"data": title, "recipe": recipe["name"], "epochs": recipe["epochs"], "network": run["model"] + options}
+    words = {"data": title, "recipe": recipe["name"], "epochs": recipe["epochs"], "network": run["model"] + options}
+    return {**words, "setting": describe_setting(run)}
+
+
+def describe_setting(run: dict) -> str:
+    recipe = run["recipe"]
+    named = build_recipe(recipe["name"], run["data"]["name"]) if recipe["name"] in RECIPES else None
+    words = []
+    if not named or recipe["batch_size"] != named.batch_size:
+        words.append(f"batch {recipe['batch_size']}")
+    if not named or recipe["lr"] != named.lr:
+        words.append(f"learning rate {recipe['lr']:g}")
+    sizes = tuple(map(tuple, recipe.get("sizes", ())))  # formats 1 and 2 have none
+    if sizes != (named.sizes if named else ()):
+        found = [row["image_size"] for row in run["history"]]
+        words.append(", ".join(f"{found.count(size)} at {size} px" for size in sorted(set(found))))
+    if run["precision"] != "no":
+        words.append(run["precision"])
+    if run["device"].get("kind", "cpu") != "cpu":  # formats 1 and 2 were written on processors only
+        words.append(run["device"]["name"])
+    return ", ".join(words)
 
 
 def tabulate(runs: list[dict], expected: tuple[tuple[str, str, str], ...] = EXPECTED) -> pd.DataFrame:
@@ -53,6 +81,7 @@ def tabulate(runs: list[dict], expected: tuple[tuple[str, str, str], ...] = EXPE
     rows = [
         {
             **describe(run),
+            "seed": run["seed"],
             "top1": run["test"]["top1"],
             "top5": run["test"]["top5"],
             **{key: run[key] for key in ("params", "macs", "images_per_second", "seconds", "peak_memory_mib")},
@@ -60,9 +89,9 @@ def tabulate(runs: list[dict], expected: tuple[tuple[str, str, str], ...] = EXPE
         for run in runs
     ]
     values = ["top1", "top5", "params", "macs", "images_per_second", "seconds", "peak_memory_mib"]
-    groups = pd.DataFrame(rows, columns=[*KEYS, *values]).groupby(KEYS, sort=False)
-    spread = groups["top1"].agg(n="size", least="min", most="max")
-    table = spread.join(groups[values].median()).reset_index()
+    groups = pd.DataFrame(rows, columns=[*KEYS, "seed", *values]).groupby(KEYS, sort=False)
+    spread = groups["top1"].agg(least="min", most="max")
+    table = spread.join(groups["seed"].nunique().rename("n")).join(groups[values].median()).reset_index()
     there = set(zip(table["data"], table["recipe"], table["network"], strict=True))
     gaps = [dict(zip(("data", "recipe", "network"), row, strict=True)) for row in expected if row not in there]
     table = pd.concat([table, pd.DataFrame(gaps, columns=["data", "recipe", "network"])], ignore_index=True)
@@ -76,8 +105,9 @@ def paper_accuracy(network: str, path: Path = RESULTS / "paper.json") -> float |
     return rows.get(network, {}).get("accuracy_cifar100")
 
 
-def count_epochs(epochs: float) -> str:
-    return f"{epochs:.0f} epoch" + ("" if epochs == 1 else "s")
+def describe_recipe(row: dict) -> str:
+    epochs = f"{row['epochs']:.0f} epoch" + ("" if row["epochs"] == 1 else "s")
+    return ", ".join(word for word in (row["recipe"], epochs, row["setting"]) if word)
 
 
 def show_table(runs: list[dict], which: str = "overall") -> pd.DataFrame:
@@ -100,7 +130,7 @@ def show_table(runs: list[dict], which: str = "overall") -> pd.DataFrame:
             {
                 "set": row["data"],
                 "network": row["network"],
-                "recipe": f"{row['recipe']}, {count_epochs(row['epochs'])}" if ran else row["recipe"],
+                "recipe": describe_recipe(row) if ran else row["recipe"],
                 "top-1": f"{row['top1']:.2%}{spread}" if ran else "not run yet",
                 "n": f"{row['n']:.0f}" if ran else "0",
                 "top-5": f"{row['top5']:.2%}" if ran else "–",
@@ -127,8 +157,9 @@ def compare_recipes(runs: list[dict], first: str = "fast", second: str = "paper"
     "not run yet" for the other.
     """
     rows = []
-    curves = learning_curves(runs).groupby(["data", "network"], sort=False) if runs else ()
-    for (data, network), both in curves:
+    curves = learning_curves(runs).groupby(["data", "network", "setting"], sort=False) if runs else ()
+    for (data, network, setting), both in curves:
+        network = f"{network}, {setting}" if setting else network
         top1 = {recipe: accuracy_by_epoch(both[both["recipe"] == recipe]) for recipe in (first, second)}
         last = {max(found.index) for found in top1.values() if len(found)}
         both_ran = all(map(len, top1.values()))
@@ -143,12 +174,30 @@ def accuracy_by_epoch(curves: pd.DataFrame) -> pd.Series:
     return curves[curves["epochs"] == curves["epochs"].max()].groupby("epoch")["test_top1"].median()
 
 
+def show_comparison(first: dict, second: dict) -> str:
+    """What `compare_runs` found, as a sentence."""
+    found: Comparison = compare_runs(first, second)
+    points = f"{100 * found.difference:+.2f} points, 95 % interval {100 * found.low:+.2f} to {100 * found.high:+.2f}"
+    how = (
+        f"paired: {found.only_first} right in the first only, {found.only_second} in the second only, p = {found.p:.2g}"
+        if found.paired
+        else "unpaired, since not both files say which images were right"
+    )
+    return f"{second['name']} less {first['name']}: {points} over {found.n} test images ({how}); one seed each"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scconv.results", description=__doc__.splitlines()[0])
     parser.add_argument("--table", default="overall", metavar="SET", help="overall, a set such as cifar, or recipes")
     parser.add_argument("--folder", type=Path, default=RESULTS / "runs", help="of the result files")
+    pair = "hold two runs' result files against each other, image by image where they say which they had right"
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help=pair)
     given = parser.parse_args(arguments)
     try:
+        if given.compare:
+            first, second = map(read_run, given.compare)
+            print(show_comparison(first, second))
+            return 0
         runs = read_runs(given.folder)
         table = compare_recipes(runs) if given.table == "recipes" else show_table(runs, given.table)
         print(table.to_string(index=False))

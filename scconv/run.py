@@ -1,5 +1,6 @@
 """What is trained, on what, how, and into which files: checked, and given a name, before the first step."""
 
+import json
 import math
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +15,7 @@ from scconv.checkpoint import find_checkpoints, load_checkpoint
 from scconv.checks import check_at_least, check_choice
 from scconv.data import IMAGE_SIZES, ImageData, load_data
 from scconv.models import build_model, model_names
-from scconv.recipes import Recipe, build_recipe
+from scconv.recipes import RECIPES, Recipe, build_recipe, image_sizes
 
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -56,13 +57,24 @@ class Run:
     seed: int
     settings: Settings
     out: Path
+    image_sizes: list[int]  # of each epoch's training images, in pixels
     changed: dict  # what is not the recipe's or the data's own choice, None for the rest
     recipe_has_name: bool  # False where it was made by hand
 
     @property
     def name(self) -> str:
-        changed, options = label(self.changed), label(self.model_options)
+        precision = None if self.settings.precision == "no" else self.settings.precision
+        changed = label({**self.changed, "sizes": self.own_sizes, "precision": precision})
+        options = label(self.model_options)
         return "-".join([self.data.name, self.recipe.name, *changed, self.model_name, *options, f"seed{self.seed}"])
+
+    @property
+    def own_sizes(self) -> str | None:
+        """The epochs at each size, such as 5x16_4x24_3x32, where they are not those that the recipe's name tells."""
+        named = RECIPES.get(self.recipe.name)
+        if named and named.sizes == self.recipe.sizes:
+            return None
+        return "_".join(f"{self.image_sizes.count(size)}x{size}" for size in sorted(set(self.image_sizes)))
 
     @property
     def command(self) -> str | None:
@@ -99,7 +111,8 @@ class Run:
             "classes": len(self.data.classes),
             "image_size": self.data.image_size,
             "small_images": self.small_images,
-            "recipe": {**asdict(self.recipe), "milestones": list(self.recipe.milestones)},
+            "recipe": json.loads(json.dumps(asdict(self.recipe))),  # tuples become lists, as in a file
+            "image_sizes": self.image_sizes,
             "seed": self.seed,
             "precision": self.settings.precision,
             "limit_train_batches": self.settings.limit_train_batches,
@@ -139,11 +152,16 @@ def prepare_run(
     check_choice("model", model_name, model_names())
     check_at_least(0, seed=seed)
     settings = Settings(**settings)
-    overrides = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
     recipe_has_name = isinstance(recipe, str)
+    data_name = data.name if isinstance(data, ImageData) else data
     if recipe_has_name:
-        recipe = build_recipe(recipe, data.name if isinstance(data, ImageData) else data)
+        recipe = build_recipe(recipe, data_name)
+    overrides = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
     recipe = replace(recipe, **without_none(overrides))
+    if recipe.name in RECIPES:  # one that was made by hand from a named one is told apart from that too
+        named = build_recipe(recipe.name, data_name)
+        differs = {key: getattr(recipe, key) for key in overrides if getattr(recipe, key) != getattr(named, key)}
+        overrides |= differs
     check_at_least(1, epochs=recipe.epochs, batch_size=recipe.batch_size)
     if not (recipe.lr > 0 and math.isfinite(recipe.lr)):
         raise ValueError(f"lr={recipe.lr}: must be more than 0")
@@ -174,6 +192,7 @@ def prepare_run(
         seed=seed,
         settings=settings,
         out=out,
+        image_sizes=image_sizes(recipe, data.image_size),
         changed=changed,
         recipe_has_name=recipe_has_name,
     )

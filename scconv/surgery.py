@@ -75,7 +75,9 @@ def cifar_stem(model: nn.Module) -> nn.Module:
     if hasattr(model, "conv1") and hasattr(model, "maxpool"):
         model.conv1, model.maxpool = _small_conv(model.conv1), nn.Identity()
     elif hasattr(getattr(model, "features", None), "conv0"):
-        model.features.conv0, model.features.pool0 = _small_conv(model.features.conv0), nn.Identity()
+        stem = _small_conv(model.features.conv0)
+        nn.init.kaiming_normal_(stem.weight)  # torchvision's DenseNet scales by the fan-in, its ResNet by the fan-out
+        model.features.conv0, model.features.pool0 = stem, nn.Identity()
     else:
         raise ValueError(f"model={type(model).__name__}: must be a torchvision ResNet or DenseNet to get a small stem")
     return model
@@ -131,7 +133,7 @@ def _reason_to_leave(conv: nn.Conv2d) -> str | None:
 
 def _small_conv(stem: nn.Conv2d) -> nn.Conv2d:
     conv = nn.Conv2d(stem.in_channels, stem.out_channels, 3, padding=1, bias=False, **_placed_like(stem))
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does for the large stem
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's ResNet does
     return conv
 
 

@@ -44,8 +44,8 @@ from scconv.checkpoint import (
 )
 from scconv.cli import build_parser, warn
 from scconv.complexity import count_macs, count_params
-from scconv.data import ImageData, derive_seed, train_batches
-from scconv.metrics import add_to_totals, evaluate, means, new_totals
+from scconv.data import ImageData, derive_seed, shrink, train_batches
+from scconv.metrics import add_to_totals, evaluate, evaluate_each, means, new_totals
 from scconv.recipes import Recipe, build_optimizer, build_schedule, learning_rate
 from scconv.result_file import load_trained, write_result
 from scconv.run import Run, prepare_run, start_processes
@@ -104,7 +104,7 @@ def execute_run(run: Run, *, resume: bool = False, progress: bool = True) -> dic
 
     result = {}
     if accelerator.is_main_process:
-        result = write_result(run, state.model, state.history, counts, accelerator.device)
+        result = write_result(run, state, counts, accelerator.device)
         remove_checkpoints(run.checkpoint)
     accelerator.wait_for_everyone()
     return result
@@ -117,7 +117,7 @@ def build_accelerator(run: Run) -> Accelerator:
         warn("accelerate launch has started one process only; for more without GPUs give it --multi_gpu as well")
     # Accelerate keeps precision and compiler settings for the whole process; a second run would get the first one's.
     AcceleratorState._reset_state()
-    # dynamic=False: one compilation for the training batches and one for the test batches, neither with open shapes.
+    # dynamic=False: a compilation for each size of the training images and one for the test images, no open shapes.
     compiler = TorchDynamoPlugin(backend="inductor" if run.settings.compile else "no", dynamic=False)
     return Accelerator(mixed_precision=run.settings.precision, dynamo_plugin=compiler)
 
@@ -159,6 +159,7 @@ class Training:
     def train_epoch(self, bar: tqdm) -> None:
         """Train to the end of the epoch, from where it is."""
         state, seed, recipe, device = self.state, self.run.seed, self.run.recipe, self.accelerator.device
+        size = self.run.image_sizes[state.epoch]
         if state.now is None:
             torch.manual_seed(derive_seed(seed, state.epoch, 3))  # for networks with dropout
             good_steps = torch.zeros((), dtype=torch.int64, device=device)
@@ -171,7 +172,7 @@ class Training:
         start = time.perf_counter() - now.seconds
         self.save_or_stop()
         for images, labels in islice(batches, self.run.steps_per_epoch - now.step):
-            self.train_step(images, labels)
+            self.train_step(shrink(images, size), labels)
             now.seconds = time.perf_counter() - start
             bar.update()
             self.save_or_stop()
@@ -194,10 +195,10 @@ class Training:
     def end_epoch(self) -> None:
         """Evaluate, add a line to the history, save."""
         state, start = self.state, time.perf_counter()
-        tested = evaluate(self.model, self.data, accelerator=self.accelerator)
+        tested, state.right = evaluate_each(self.model, self.data, accelerator=self.accelerator)
         self.check_finite("test", tested["loss"], state.now.step)
         trained = means(state.now.totals, self.accelerator)
-        row = {"epoch": state.epoch + 1, "lr": state.now.lr}
+        row = {"epoch": state.epoch + 1, "image_size": self.run.image_sizes[state.epoch], "lr": state.now.lr}
         row |= {"train_loss": trained["loss"], "train_top1": trained["top1"]}
         row |= {f"test_{name}": value for name, value in tested.items()}
         row |= {"train_seconds": state.now.seconds, "seconds": state.now.seconds + time.perf_counter() - start}
@@ -212,8 +213,10 @@ class Training:
         left, alone = run.steps_per_epoch - now.step, accelerator.num_processes == 1
         if not alone and left and now.step % 10:
             return  # the processes must agree, which costs a message
-        # What comes before the next question: some steps, or, after the last, the test images (forward only).
-        steps_ahead = (2 if alone else 20) if left else run.data.num_test / run.recipe.batch_size
+        # What comes before the next question: some steps, or, after the last, the test images, forward only and at
+        # full size.
+        enlarged = run.data.image_size / run.image_sizes[self.state.epoch]
+        steps_ahead = (2 if alone else 20) if left else run.data.num_test / run.recipe.batch_size * enlarged**2
         why = self.watch.why_stop(steps_ahead * now.seconds / max(1, now.step))
         wish = 2 if why else 1 if left and self.watch.is_save_due() else 0
         if not alone:

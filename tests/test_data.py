@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from scconv import data as data_module
@@ -20,6 +21,7 @@ from scconv.data import (
     photograph_addresses,
     pick_test_images,
     random_crop_and_flip,
+    shrink,
     train_batches,
 )
 from scconv.files import atomic_file
@@ -36,6 +38,22 @@ def shift_by_loop(image: np.ndarray, top: int, left: int, flipped: bool, padding
             if 0 <= row < height and 0 <= column < width:
                 out[:, y, x] = image[:, row, column]
     return out
+
+
+@pytest.mark.parametrize(("full", "size"), [(32, 16), (32, 24), (224, 168), (9, 8)])
+def test_shrinking_is_pillows(full, size):
+    """Antialiased: Pillow's bilinear filter, which averages over the pixels that become one."""
+    images = torch.rand(2, 3, full, full, generator=torch.Generator().manual_seed(0))
+    small = shrink(images, size)
+    assert small.shape == (2, 3, size, size)
+    for image, expected in zip(small.flatten(0, 1), images.flatten(0, 1), strict=True):
+        pillow = Image.fromarray(expected.numpy()).resize((size, size), Image.Resampling.BILINEAR)
+        torch.testing.assert_close(image, torch.from_numpy(np.array(pillow)), rtol=1e-5, atol=1e-5)
+
+
+def test_full_size_is_the_image_itself():
+    images = torch.rand(2, 3, 32, 32)
+    assert shrink(images, 32) is images
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,13 @@ def test_scconv_is_initialised_as_the_rest_of_its_network():
     assert gwc.std().item() == pytest.approx((2 / (16 * 9)) ** 0.5, rel=0.05)
 
 
+@pytest.mark.parametrize(("name", "fan"), [("resnet50", 64 * 9), ("densenet121", 3 * 9)])
+def test_the_small_stem_is_initialised_as_the_rest_of_its_network(name, fan):
+    torch.manual_seed(0)
+    weights = [next(build_model(name, small_images=True).parameters()) for _ in range(4)]
+    assert torch.cat(weights).std().item() == pytest.approx((2 / fan) ** 0.5, rel=0.05)
+
+
 def test_options_reach_the_layers():
     model = build_model("scconv_resnet20", gate="hard", alpha=0.75)
     layers = [module for module in model.modules() if isinstance(module, SCConv)]

@@ -31,12 +31,20 @@ def test_no_two_families_share_a_colour():
 
 def test_a_run_is_a_line_and_says_which():
     rows = [("resnet20", 0), ("resnet20", 1), ("resnet20", 2), ("scconv_resnet20, gate=hard", 0)]
-    curves = [{"network": n, "seed": s, "epoch": e, "test_top1": e / 4} for n, s in rows for e in (1, 2)]
+    same = {"data": "CIFAR-100", "recipe": "fast", "epochs": 2, "setting": ""}
+    curves = [{**same, "network": n, "seed": s, "epoch": e, "test_top1": e / 4} for n, s in rows for e in (1, 2)]
     lines = draw_learning_curves(pd.DataFrame(curves)).axes[0].lines
     assert [line.get_label() for line in lines] == [f"{network}, seed {seed}" for network, seed in rows]
     assert [line.get_linestyle() for line in lines] == ["-", "--", ":", "-."]
     assert [line.get_color() for line in lines] == [COLOURS["baseline"]] * 3 + [COLOURS["scconv"]]
     assert all(line.get_ydata().tolist() == [25, 50] for line in lines)  # percent
+
+
+def test_runs_that_differ_in_a_setting_are_not_joined_into_one_line():
+    same = {"data": "CIFAR-100", "recipe": "fast", "epochs": 2, "network": "resnet20", "seed": 0}
+    curves = [{**same, "setting": s, "epoch": e, "test_top1": e / 4} for s in ("", "bf16") for e in (1, 2)]
+    lines = draw_learning_curves(pd.DataFrame(curves)).axes[0].lines
+    assert [line.get_label() for line in lines] == ["resnet20, seed 0", "resnet20, bf16, seed 0"]
 
 
 def test_text_is_legible_on_a_phone():

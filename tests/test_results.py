@@ -6,6 +6,7 @@ import json
 import pytest
 
 from scconv.files import checksum
+from scconv.recipes import RECIPES
 from scconv.record import RESULTS
 from scconv.results import (
     EXPECTED,
@@ -27,7 +28,7 @@ def variant(seed=0, top1=None, **changes) -> dict:
     run["seed"] = seed
     run["test"]["top1"] = run["test"]["top1"] if top1 is None else top1
     for key, value in changes.items():
-        run[key] = {**run[key], **value} if isinstance(value, dict) else value
+        run[key] = {**run.get(key, {}), **value} if isinstance(value, dict) else value
     return {**run, "sha256": checksum(run)}
 
 
@@ -61,6 +62,11 @@ def better(content):
     return content.replace('"top1": 0.5988', '"top1": 0.7988')
 
 
+def of_the_future(content):
+    run = {**json.loads(content), "format": 99}
+    return json.dumps({**run, "sha256": checksum(run)})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -68,6 +74,7 @@ def better(content):
         (lambda content: "[]", "not a readable result file"),
         (without_its_params, "not a whole result file, without params"),
         (better, "not as the run wrote it, its checksum differs"),
+        (of_the_future, "result format 99, and this version reads 1 to 3"),
     ],
 )
 def test_a_file_that_was_cut_or_edited_is_refused_in_one_line(tmp_path, change, message):
@@ -107,10 +114,28 @@ def test_seeds_of_one_experiment_are_one_row():
         {"recipe": {"epochs": 10}},
         {"data": {"name": "digits"}},
         {"data": {"name": "food101", "image_size": 64, "classes": 10}},
+        {"recipe": {"batch_size": 512}},
+        {"recipe": {"lr": 0.4}},
+        {"recipe": {"sizes": [[0.5, 0.5], [0.5, 1]]}, "history": [{"image_size": 16}, {"image_size": 32}]},
+        {"precision": "bf16"},
+        {"device": {"kind": "cuda", "name": "NVIDIA H100"}},
     ],
 )
 def test_what_differs_in_more_than_the_seed_is_another_row(other):
     assert len(tabulate([variant(), variant(1, **other)], expected=())) == 2
+
+
+def test_n_counts_seeds_and_one_processor_is_as_good_as_another():
+    other = {"name": "another processor", "kind": "cpu"}
+    (row,) = tabulate([variant(0), variant(0, device=other), variant(1)], expected=()).to_dict("records")
+    assert row["n"] == 2
+
+
+def test_a_setting_is_said_in_the_row():
+    device = {"kind": "cuda", "name": "H100"}
+    run = variant(0, recipe={"batch_size": 512, "lr": 0.4}, precision="bf16", device=device)
+    rows = show_table([run])["recipe"]
+    assert "fast, 15 epochs, batch 512, learning rate 0.4, bf16, H100" in set(rows)
 
 
 def test_a_set_says_what_is_special_about_it():
@@ -144,7 +169,8 @@ def test_learning_curves_are_the_histories():
 
 def trained(folder, recipe: str, epochs: int, seed: int, top1: float, network: str = "resnet20") -> None:
     """A run file whose accuracy rises by `top1` each epoch."""
-    run = variant(seed, recipe={"name": recipe, "epochs": epochs}, model=network)
+    own = {key: getattr(RECIPES[recipe], key) for key in ("name", "lr", "batch_size")}
+    run = variant(seed, recipe={**own, "epochs": epochs}, model=network)
     run["history"] = [{**run["history"][0], "epoch": n, "test_top1": top1 * n} for n in range(1, epochs + 1)]
     name = f"{recipe}-{epochs}-{network}-{seed}.json"
     (folder / name).write_text(json.dumps({**run, "sha256": checksum(run)}))

@@ -23,7 +23,7 @@ from scconv import run as run_module
 from scconv import stop as stop_module
 from scconv import train as train_module
 from scconv.data import load_data
-from scconv.recipes import QUICK
+from scconv.recipes import QUICK, SHORT
 from scconv.train import Stopped, main, train
 
 RECIPE = replace(QUICK, epochs=3, batch_size=32)
@@ -121,6 +121,22 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, digits, 
     assert not list(tmp_path.glob("*.json"))
     run(digits, tmp_path, resume=True)
     assert_same(tmp_path, undisturbed)
+
+
+def test_a_run_of_growing_images_ends_with_the_same_bits_wherever_it_was_stopped(tmp_path, monkeypatch):
+    """Stopped within the second size and after it: 8, 12 and 16 pixels, an epoch each."""
+    data = load_data("digits", image_size=16)
+    growing = replace(SHORT, epochs=3, batch_size=32)
+    whole = run(data, tmp_path / "whole", growing)
+    for step in (5, 9):
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module.Watch, "why_stop", stop_at_call(STEPS + step))
+            with pytest.raises(Stopped):
+                run(data, tmp_path / "pieces", growing, resume=True)
+    run(data, tmp_path / "pieces", growing, resume=True)
+    assert_same(tmp_path / "pieces", (whole, tmp_path / "whole"))
+    (path,) = (tmp_path / "pieces").glob("*.json")
+    assert json.loads(path.read_text())["hits"] == whole["hits"]
 
 
 def test_a_time_budget_is_kept_and_the_pieces_make_the_whole(digits, undisturbed, tmp_path, monkeypatch):
@@ -228,7 +244,7 @@ def test_two_damaged_checkpoints_are_refused_and_kept(digits, stopped_twice):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"recipe": replace(RECIPE, lr=0.02)}, "recipe="),
+        ({"recipe": replace(RECIPE, momentum=0.5)}, "recipe="),
         ({"model": "resnet32"}, "model='resnet20' in place of 'resnet32'"),
         ({"classes": 7}, "classes=10 in place of 7"),
         ({"version": "9.9"}, "scconv version="),
@@ -373,6 +389,7 @@ def test_two_processes_do_what_one_does(launcher, one_process, tmp_path):
     for row, other in zip(expected["history"], result["history"], strict=True):
         for key in row.keys() - {"seconds", "train_seconds"}:
             assert other[key] == pytest.approx(row[key], rel=1e-6), key
+    assert result["hits"] == expected["hits"]
     assert weights.keys() == expected_weights.keys()
     for name, tensor in expected_weights.items():
         torch.testing.assert_close(weights[name], tensor, rtol=1e-6, atol=1e-9, msg=name)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -16,9 +17,10 @@ from scconv import machine as machine_module
 from scconv import train as train_module
 from scconv.complexity import count_params
 from scconv.data import ImageData, load_data, normalise, train_batches
-from scconv.machine import find_commit
+from scconv.machine import find_commit, find_tree
 from scconv.models import build_model
-from scconv.recipes import FAST, PAPER, PAPER_PHOTOGRAPHS, QUICK, build_recipe, build_schedule
+from scconv.paired import unpack_hits
+from scconv.recipes import FAST, PAPER, PAPER_PHOTOGRAPHS, QUICK, SHORT, build_recipe, build_schedule, image_sizes
 from scconv.train import evaluate, load_trained, main, prepare_run, train
 
 TINY = replace(QUICK, epochs=2, batch_size=32)
@@ -99,6 +101,70 @@ def test_an_epoch_is_all_full_batches_unless_it_is_limited(digits, tmp_path):
     assert prepare_run("resnet20", digits, TINY, out=tmp_path, limit_train_batches=500).steps_per_epoch == 1437 // 32
 
 
+# ---- progressive resizing ------------------------------------------------------------------------------------------
+
+
+def test_the_sizes_are_parts_of_the_training():
+    assert image_sizes(SHORT, 32) == [16] * 5 + [24] * 4 + [32] * 3
+    assert image_sizes(replace(SHORT, epochs=3), 224) == [112, 168, 224]
+    assert image_sizes(FAST, 32) == [32] * 60
+
+
+@pytest.fixture(scope="module")
+def larger_digits() -> ImageData:
+    data = load_data("digits", image_size=16)
+    return replace(data, test=tuple(tensor[::5].contiguous() for tensor in data.test))
+
+
+GROWING = replace(SHORT, epochs=3, batch_size=32, lr=0.01, augment=False)  # 8, 12 and 16 pixels
+
+
+def test_training_images_grow_and_test_images_are_whole(larger_digits, tmp_path, monkeypatch):
+    seen = []
+    build = train_module.Run.build_model
+
+    def build_watched(run):
+        model = build(run)
+        model.register_forward_pre_hook(lambda module, args: seen.append((module.training, args[0].shape[-1])))
+        return model
+
+    monkeypatch.setattr(train_module.Run, "build_model", build_watched)
+    result = run_tiny(larger_digits, tmp_path, recipe=GROWING, limit_train_batches=2)
+    sizes = [size for size in (8, 12, 16) for _ in range(2)]
+    assert [size for training, size in seen if training] == sizes
+    tested = [size for training, size in seen if not training]
+    assert set(tested) == {16}
+    assert len(tested) >= 3
+    assert [row["image_size"] for row in result["history"]] == [8, 12, 16]
+    assert result["name"].startswith("digits-short-epochs_3-batch_size_32-lr_0.01-")
+
+
+def test_the_sizes_may_be_in_proportion_to_any_image(tmp_path):
+    run = prepare_run("resnet20", load_data("digits", image_size=64), "short", out=tmp_path)
+    assert run.image_sizes == [32] * 5 + [48] * 4 + [64] * 3
+
+
+def test_compiled_training_falls_back_to_eager_at_no_size(larger_digits, tmp_path, monkeypatch):
+    """One graph a size, and one for the test images; a break or Dynamo's limit would make more, or none."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(sorted({tuple(x.shape) for x in inputs if x.ndim == 4 and x.shape[1] == 3}))
+        return graph.forward
+
+    def compile_counted(model, **options):
+        return compile_model(model, **{**options, "backend": count})
+
+    compile_model = torch.compile
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", compile_counted)
+    train("scconv_resnet20", larger_digits, GROWING, 0, tmp_path, limit_train_batches=2, compile=True, progress=False)
+    torch.compiler.reset()
+    images = sorted(shape for shapes in graphs for shape in shapes if shape[2:] != (3, 3))  # nor the stem's weight
+    assert images == [(32, 3, 8, 8), (32, 3, 12, 12), (32, 3, 16, 16), (larger_digits.num_test, 3, 16, 16)]
+    assert len(graphs) == 4
+
+
 # ---- evaluation ----------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +220,23 @@ def test_the_weights_give_the_recorded_accuracy(finished, digits):
     assert result["params"] == count_params(model)
 
 
+def test_the_result_says_which_images_were_right_whatever_their_order(finished, digits):
+    """A copy of the set in another order gives the same bits, since an image is known by its pixels."""
+    out, result = finished
+    hits = unpack_hits(result)
+    assert hits.mean() == result["test"]["top1"]
+    model = load_trained(out / f"{result['name']}.json")
+    order = torch.randperm(digits.num_test, generator=torch.Generator().manual_seed(0))
+    images, labels = (tensor[order] for tensor in digits.test)
+    mean, std = torch.tensor(digits.mean), torch.tensor(digits.std)
+    with torch.no_grad():
+        right = model(normalise(images, mean, std)).argmax(1) == labels
+    ids = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images]
+    assert len(set(ids)) == digits.num_test
+    expected = [hit for _, hit in sorted(zip(ids, right.tolist(), strict=True))]
+    assert hits.tolist() == expected
+
+
 def test_the_result_says_how_it_was_made(finished, digits):
     _, result = finished
     assert [row["epoch"] for row in result["history"]] == [1, 2]
@@ -167,6 +250,8 @@ def test_the_result_says_how_it_was_made(finished, digits):
     speed = STEPS * TINY.batch_size / last["train_seconds"]  # the first epoch warms up
     assert result["images_per_second"] == pytest.approx(speed)
     assert result["peak_memory_mib"] > 50
+    assert result["device"]["kind"] == "cpu"
+    assert [row["image_size"] for row in result["history"]] == [8, 8]
     assert set(result["versions"]) == {"python", "torch", "torchvision", "accelerate", "scconv", "platform"}
 
 
@@ -246,13 +331,15 @@ def interrupted(digits, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         epochs = []
 
+        evaluate_each = train_module.evaluate_each
+
         def evaluate_once(*args, **kwargs):
             epochs.append(1)
             if len(epochs) == 2:
                 raise PowerCut
-            return evaluate(*args, **kwargs)
+            return evaluate_each(*args, **kwargs)
 
-        patch.setattr(train_module, "evaluate", evaluate_once)
+        patch.setattr(train_module, "evaluate_each", evaluate_once)
         with pytest.raises(PowerCut):
             run_tiny(digits, tmp_path)
     return tmp_path
@@ -313,10 +400,12 @@ def test_weights_without_a_result_are_not_overwritten_unasked(digits, tmp_path, 
 
 def test_overwrite_replaces_a_result(digits, tmp_path):
     first = run_tiny(digits, tmp_path, recipe=replace(TINY, epochs=1), limit_train_batches=1)
-    second = run_tiny(digits, tmp_path, recipe=replace(TINY, epochs=1, lr=0.1), limit_train_batches=1, overwrite=True)
+    second = run_tiny(
+        digits, tmp_path, recipe=replace(TINY, epochs=1, momentum=0.5), limit_train_batches=1, overwrite=True
+    )
     assert first["name"] == second["name"]
     assert first["weights"]["sha256"] != second["weights"]["sha256"]
-    assert json.loads((tmp_path / f"{second['name']}.json").read_text())["recipe"]["lr"] == 0.1
+    assert json.loads((tmp_path / f"{second['name']}.json").read_text())["recipe"]["momentum"] == 0.5
 
 
 @pytest.mark.parametrize("where", ["file", "file/below"])
@@ -330,7 +419,10 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(digits, tmp_pa
 BAD = [
     ({"model_name": "resnet7"}, "model='resnet7': must be one of resnet34, "),
     ({"data": "mnist"}, "data='mnist': must be one of digits, cifar100, food101"),
-    ({"recipe": "slow"}, "recipe='slow': must be one of paper, fast, quick"),
+    ({"recipe": "slow"}, "recipe='slow': must be one of paper, fast, short, quick"),
+    ({"recipe": "short", "epochs": 2}, "epochs=2: too few for recipe short, none is left for 32 px"),
+    ({"recipe": "short", "image_size": 8}, "image_size=8: recipe short shrinks it to 4 px, less than 8"),
+    ({"recipe": replace(TINY, sizes=((0.5, 0.5),))}, "sizes=((0.5, 0.5),): must be pairs of parts"),
     ({"seed": -1}, "seed=-1: must be at least 0"),
     ({"epochs": 0}, "epochs=0: must be at least 1"),
     ({"batch_size": 0}, "batch_size=0: must be at least 1"),
@@ -375,7 +467,7 @@ def test_networks_with_options_and_bf16(digits, tmp_path):
     quick = replace(TINY, epochs=1)
     result = train("scconv_resnet20", digits, quick, 0, tmp_path, limit_train_batches=1, scconv=options,
                    precision="bf16", channels_last=True, progress=False)  # fmt: skip
-    assert result["name"].endswith("scconv_resnet20-gate_hard-alpha_0.25-seed0")
+    assert result["name"].endswith("image_size_8-precision_bf16-scconv_resnet20-gate_hard-alpha_0.25-seed0")
     assert result["model_options"] == options
     assert result["precision"] == "bf16"
     assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in read_weights(tmp_path).values())
@@ -404,15 +496,47 @@ def test_the_name_tells_runs_apart(digits, tmp_path):
     assert name(small_images=True) == name(image_size=8) == name()
     assert name(small_images=False) == "digits-quick-image_size_8-small_images_False-scconv_resnet50-seed0"
     assert name(lr=0.1, epochs=3) == "digits-quick-epochs_3-lr_0.1-image_size_8-scconv_resnet50-seed0"
+    assert name(precision="bf16") == "digits-quick-image_size_8-precision_bf16-scconv_resnet50-seed0"
     with pytest.raises(ValueError, match="image_size=16: must be 8"):
         name(image_size=16)
     command = prepare_run("scconv_resnet50", digits, "quick", out=tmp_path, small_images=False, compile=True).command
     assert command.endswith("--recipe quick --seed 0 --image-size 8 --no-small-images --compile")
 
 
+def test_a_recipe_made_by_hand_is_told_apart_from_the_one_it_was_made_from(tmp_path):
+    def name(**changes):
+        return prepare_run("resnet20", "digits", replace(QUICK, **changes), out=tmp_path).name
+
+    assert name() == "digits-quick-resnet20-seed0"
+    assert name(batch_size=64, lr=0.3, epochs=4) == "digits-quick-epochs_4-batch_size_64-lr_0.3-resnet20-seed0"
+    halves = ((0.5, 0.5), (0.5, 1))
+    assert name(epochs=4, sizes=halves) == "digits-quick-epochs_4-sizes_2x16_2x32-resnet20-seed0"
+    assert prepare_run("resnet20", "digits", "short", out=tmp_path).name == "digits-short-resnet20-seed0"
+
+
 def test_an_unknown_commit_is_none(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine_module, "__file__", str(tmp_path / "train.py"))
+    monkeypatch.setattr(machine_module, "PACKAGE", tmp_path / "scconv")
     assert find_commit() is None
+    assert find_tree() is None
+
+
+def test_the_tree_follows_the_package_and_nothing_else(monkeypatch, tmp_path):
+    def commit(file, text):
+        (tmp_path / file).write_text(text)
+        for words in (["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
+            subprocess.run(["git", "-C", tmp_path, *words], check=True)
+        return find_tree()
+
+    (tmp_path / "scconv").mkdir()
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    monkeypatch.setattr(machine_module, "PACKAGE", tmp_path / "scconv")
+    first = commit("scconv/__init__.py", "one")
+    assert re.fullmatch("[0-9a-f]{40}", first)
+    assert commit("README.md", "new") == first
+    (tmp_path / "scconv" / "new.py").write_text("")
+    assert find_tree() == f"{first}-dirty"
+    second = commit("scconv/__init__.py", "two")
+    assert second not in (first, f"{first}-dirty")
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
