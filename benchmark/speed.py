@@ -42,9 +42,9 @@ from torch import Tensor, nn
 from scconv import SCConv, fused
 from scconv.files import atomic_file, checksum
 from scconv.inference import fuse_for_inference
-from scconv.machine import device_name, find_commit
 from scconv.models import build_model
-from scconv.record import RESULTS
+from scconv.reporting.recorded import RESULTS
+from scconv.training.provenance import device_name, find_commit
 
 SHAPES = ["64,32,32", "128,16,32", "256,8,32", "512,4,32", "64,56,8", "128,28,8", "256,14,8", "512,7,8"]
 BASE = "3x3"

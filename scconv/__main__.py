@@ -1,35 +1,58 @@
-"""`python -m scconv` says what is here: networks, trained weights, commands."""
+"""The command `scconv`, or `python -m scconv`: `info` says what is here, `train` trains, `results` prints tables."""
 
+import os
 import sys
 
 from scconv import __version__
-from scconv.layers import ORDERS
-from scconv.models import APPENDED, CIFAR_DEPTHS, TORCHVISION
-from scconv.pretrained import CIFAR100
 
 COMMANDS = {
-    "python -m scconv.train": "train a network and write its result; --help lists the options",
-    "python -m scconv.results": "tables of the results in results/runs",
+    "info": "the networks and the trained weights",
+    "train": "train a network and write its result; --help lists the options",
+    "results": "tables of the results in results/runs; --help lists the options",
 }
 
 
-def main(arguments: list[str]) -> int:
-    if arguments not in ([], ["--help"], ["-h"]):
-        wrong = " ".join(arguments)
-        print(f"scconv: {wrong}: takes no arguments; python -m scconv lists what is here", file=sys.stderr)
-        return 2
+def info() -> int:
+    from scconv.layers import ORDERS
+    from scconv.models import APPENDED, CIFAR_DEPTHS, TORCHVISION
+    from scconv.pretrained import CIFAR100
+
     weights = [f"{network}, weights={name!r}" for network, names in CIFAR100["networks"].items() for name in names]
     print(f"scconv {__version__}: SCConv (CVPR 2023), reproduced in PyTorch")
-    print("\nfrom scconv import SRU, CRU, SCConv; from scconv.surgery import replace_conv3x3")
-    print("\nNetworks, for scconv.models.build_model(NAME):")
+    print("\nfrom scconv import SRU, CRU, SCConv, replace_conv3x3, build_model, compile_scconv")
+    print("\nNetworks, for build_model(NAME):")
     print(f"  {' '.join([*TORCHVISION, *CIFAR_DEPTHS, APPENDED])}")
     print(f"  and, but for the last, each with one of {' '.join(f'{order}_' for order in ORDERS)} before its name")
     print("\nTrained on CIFAR-100, for build_model(NAME, weights=...):")
     print("\n".join(f"  {line}" for line in weights))
     print("\nCommands:")
-    print("\n".join(f"  {command:26} {what}" for command, what in COMMANDS.items()))
+    print("\n".join(f"  scconv {command:8} {what}" for command, what in COMMANDS.items()))
     return 0
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: that of the command, 2 for one that is not there."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["info"]
+    try:
+        if command == "train":
+            from scconv.training.command import main as train
+
+            return train(rest)
+        if command == "results":
+            from scconv.reporting.tables import main as results
+
+            return results(rest)
+        if command in ("info", "-h", "--help") and not rest:
+            return info()
+    except ModuleNotFoundError as error:
+        print(f"scconv {command}: needs {error.name}; pip install 'scconv[train]'", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # such as `scconv info | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    print(f"scconv: {' '.join([command, *rest])}: must be one of {', '.join(COMMANDS)}", file=sys.stderr)
+    return 2
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -10,8 +10,8 @@ import torch
 from test_results import variant
 
 from scconv.files import checksum
-from scconv.paired import compare_paired, compare_runs, compare_unpaired, pack_hits, unpack_hits
-from scconv.results import main
+from scconv.reporting.tables import main
+from scconv.training.paired import compare_paired, compare_runs, compare_unpaired, pack_hits, unpack_hits
 
 IDS = [f"image {i}" for i in range(11)]
 

@@ -4,7 +4,7 @@ import matplotlib as mpl
 import pandas as pd
 import pytest
 
-from scconv.plots import COLOURS, colour_of, draw_learning_curves, use_house_style
+from scconv.reporting.plots import COLOURS, colour_of, draw_learning_curves, use_house_style
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from scconv import pretrained
 from scconv.data import channel_statistics, load_data
 from scconv.models import build_model
 from scconv.pretrained import CIFAR100, FOLDER
-from scconv.train import evaluate
+from scconv.training import evaluate
 
 RUNS = Path(__file__).parents[1] / "results" / "runs"
 SHIPPED = [(model, name) for model, names in CIFAR100["networks"].items() for name in names]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scconv.record import record
+from scconv.reporting.recorded import record
 
 MEASURED = {"gate": {"mean": 0.5, "n": 3}, "curve": [1.0, 2.0], "reading": "soft"}
 

@@ -6,18 +6,18 @@ import json
 import pytest
 
 from scconv.files import checksum
-from scconv.recipes import RECIPES
-from scconv.record import RESULTS
-from scconv.results import (
+from scconv.reporting.recorded import RESULTS
+from scconv.reporting.tables import (
     EXPECTED,
     compare_recipes,
     learning_curves,
     main,
-    read_run,
     read_runs,
     show_table,
     tabulate,
 )
+from scconv.training.recipes import RECIPES
+from scconv.training.results import read_run
 
 RUN = RESULTS / "runs" / "cifar100-fast-epochs_15-resnet20-seed0.json"
 
@@ -237,8 +237,10 @@ def test_the_command_refuses_a_damaged_file_in_one_line(tmp_path, capsys, change
 
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path, capsys):
-    assert main(["--folder", str(tmp_path / "rusn")]) == 2
-    assert capsys.readouterr().err == f"scconv.results: {tmp_path / 'rusn'}: not a folder with result files\n"
+    folder = tmp_path / "rusn"
+    assert main(["--folder", str(folder)]) == 2
+    said = f"scconv results: {folder}: not a folder with result files; name another with --folder\n"
+    assert capsys.readouterr().err == said
 
 
 def test_an_unknown_set_is_one_line(capsys):

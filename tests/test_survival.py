@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import load_file
 
 from scconv import files
-from scconv import run as run_module
-from scconv import stop as stop_module
-from scconv import train as train_module
 from scconv.data import load_data
-from scconv.recipes import QUICK, SHORT
-from scconv.train import Stopped, main, train
+from scconv.training import Stopped, train
+from scconv.training import loop as train_module
+from scconv.training import run as run_module
+from scconv.training import stop as stop_module
+from scconv.training.command import main
+from scconv.training.recipes import QUICK, SHORT
 
 RECIPE = replace(QUICK, epochs=3, batch_size=32)
 STEPS = 12
@@ -257,7 +258,7 @@ def test_a_checkpoint_of_another_run_is_refused(digits, stopped_twice, change, m
     if "classes" in change:
         data = replace(digits, classes=digits.classes[:7])
     if "version" in change:
-        monkeypatch.setattr("scconv.checkpoint.__version__", change["version"])
+        monkeypatch.setattr("scconv.training.checkpoint.__version__", change["version"])
     # a recipe that was made by hand keeps the name, another model gets its own: give it the file
     for path in stopped_twice:
         path.with_name(path.name.replace("resnet20", model)).write_bytes(path.read_bytes())
@@ -299,7 +300,7 @@ def test_a_set_that_cannot_be_packed_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_module, "load_data", full)
     assert main([*COMMAND.split(), "--out", str(tmp_path)]) == 5
     error = capsys.readouterr().err
-    assert error == "scconv.train: train.npz: No space left on device; the files that were there are as they were\n"
+    assert error == "scconv train: train.npz: No space left on device; the files that were there are as they were\n"
 
 
 @pytest.mark.parametrize(
@@ -376,7 +377,7 @@ def launch(launcher: str, folder: Path, out: str) -> tuple[dict, dict[str, torch
 def one_process(tmp_path_factory):
     """Where there is no GPU, accelerate launch without --multi_gpu starts one process, whatever it is asked for."""
     result, weights, said = launch(LAUNCH, tmp_path_factory.mktemp("one"), "out")
-    assert [line for line in said.splitlines() if "one process" in line] == [f"scconv.train: {ONE}"]
+    assert [line for line in said.splitlines() if "one process" in line] == [f"scconv train: {ONE}"]
     return result, weights
 
 

@@ -13,15 +13,25 @@ import torch
 from sklearn.metrics import log_loss, top_k_accuracy_score
 from torch import nn
 
-from scconv import machine as machine_module
-from scconv import train as train_module
 from scconv.complexity import count_params
 from scconv.data import ImageData, load_data, normalise, train_batches
-from scconv.machine import find_commit, find_tree
 from scconv.models import build_model
-from scconv.paired import unpack_hits
-from scconv.recipes import FAST, PAPER, PAPER_PHOTOGRAPHS, QUICK, SHORT, build_recipe, build_schedule, image_sizes
-from scconv.train import evaluate, load_trained, main, prepare_run, train
+from scconv.training import evaluate, load_trained, prepare_run, train
+from scconv.training import loop as train_module
+from scconv.training import provenance as machine_module
+from scconv.training.command import main
+from scconv.training.paired import unpack_hits
+from scconv.training.provenance import find_commit, find_tree
+from scconv.training.recipes import (
+    FAST,
+    PAPER,
+    PAPER_PHOTOGRAPHS,
+    QUICK,
+    SHORT,
+    build_recipe,
+    build_schedule,
+    image_sizes,
+)
 
 TINY = replace(QUICK, epochs=2, batch_size=32)
 STEPS = 3
@@ -417,7 +427,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(digits, tmp_pa
 
 
 BAD = [
-    ({"model_name": "resnet7"}, "model='resnet7': must be one of resnet34, "),
+    ({"model": "resnet7"}, "model='resnet7': must be one of resnet34, "),
     ({"data": "mnist"}, "data='mnist': must be one of digits, cifar100, food101"),
     ({"recipe": "slow"}, "recipe='slow': must be one of paper, fast, short, quick"),
     ({"recipe": "short", "epochs": 2}, "epochs=2: too few for recipe short, none is left for 32 px"),
@@ -433,15 +443,15 @@ BAD = [
     ({"limit_train_batches": 0}, "limit_train_batches=0: must be at least 1"),
     ({"precision": "fp8"}, "precision='fp8': must be one of no, bf16, fp16"),
     ({"image_size": 4}, "image_size=4: must be at least 8"),
-    ({"model_name": "scconv_resnet20", "scconv": {"gate": "weak"}}, "gate='weak'"),
-    ({"model_name": "scconv_resnet20", "scconv": {"gat": "soft"}}, "gat"),
+    ({"model": "scconv_resnet20", "scconv": {"gate": "weak"}}, "gate='weak'"),
+    ({"model": "scconv_resnet20", "scconv": {"gat": "soft"}}, "gat"),
     ({"scconv": {"gate": "soft"}}, "resnet20 has no SCConv"),
 ]
 
 
 @pytest.mark.parametrize(("given", "message"), BAD)
 def test_what_cannot_be_meant_is_one_line(tmp_path, given, message):
-    arguments = {"model_name": "resnet20", "data": "digits", "recipe": "quick", "out": tmp_path, **given}
+    arguments = {"model": "resnet20", "data": "digits", "recipe": "quick", "out": tmp_path, **given}
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         prepare_run(**arguments)
     assert "\n" not in str(error.value)
@@ -574,7 +584,7 @@ def test_misuse_exits_with_2_and_one_line(words, message, capsys, tmp_path):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error
-    assert error.startswith("scconv.train: error: ")
+    assert error.startswith("scconv train: error: ")
     assert error.count("\n") == 1
 
 

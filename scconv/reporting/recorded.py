@@ -15,7 +15,7 @@ import torch
 
 from scconv.files import atomic_file
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 
 def record(name: str, measured: dict, noisy: dict | None = None, *, rtol: float = 0.01, folder: Path = RESULTS) -> str:

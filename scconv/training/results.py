@@ -16,14 +16,24 @@ import torch
 from torch import nn
 
 from scconv import __version__
-from scconv.checkpoint import RunState
 from scconv.data import test_image_ids
-from scconv.files import FORMATS, atomic_file, checksum, read_run
-from scconv.machine import device_name, find_commit, find_tree, peak_memory_mib
+from scconv.files import atomic_file, checksum
 from scconv.models import build_model
-from scconv.paired import pack_hits
 from scconv.pretrained import FOLDER
-from scconv.run import Run
+from scconv.training.checkpoint import RunState
+from scconv.training.paired import pack_hits
+from scconv.training.provenance import device_name, find_commit, find_tree, peak_memory_mib
+from scconv.training.run import Run
+
+# 2 names the command that trained; 3 has the size of each epoch's images, which test images were classified right,
+# the kind of device, and the package's tree.
+FORMATS = (1, 2, 3)
+# What every result of a run has, whatever its format.
+FIELDS = {
+    "format", "name", "model", "model_options", "small_images", "data", "recipe", "limit_train_batches", "seed",
+    "history", "test", "params", "macs", "seconds", "images_per_second", "peak_memory_mib", "versions", "device",
+    "precision", "weights",
+}  # fmt: skip
 
 
 def write_result(run: Run, state: RunState, counts: dict, device: torch.device) -> dict:
@@ -43,14 +53,14 @@ def write_result(run: Run, state: RunState, counts: dict, device: torch.device) 
 
 def describe_run(run: Run, history: list[dict], counts: dict, device: torch.device) -> dict:
     """The result file's content but for its checksums. It names no folder and no machine."""
-    last, data, settings = history[-1], run.data, run.settings
+    last, data, options = history[-1], run.data, run.options
     # The first epoch compiles and warms up: where there are others, the speed is theirs.
     timed = history[1:] or history
     images = len(timed) * run.steps_per_epoch * run.recipe.batch_size
     return {
         "format": FORMATS[-1],
         "name": run.name,
-        "model": run.model_name,
+        "model": options.model,
         "model_options": run.model_options,
         "small_images": run.small_images,
         "data": {
@@ -63,8 +73,8 @@ def describe_run(run: Run, history: list[dict], counts: dict, device: torch.devi
             "std": data.std,
         },
         "recipe": asdict(run.recipe),
-        "limit_train_batches": settings.limit_train_batches,
-        "seed": run.seed,
+        "limit_train_batches": options.limit_train_batches,
+        "seed": options.seed,
         "history": history,
         "test": {"loss": last["test_loss"], "top1": last["test_top1"], "top5": last["test_top5"]},
         **counts,
@@ -79,14 +89,35 @@ def describe_run(run: Run, history: list[dict], counts: dict, device: torch.devi
             "platform": f"{platform.system()} {platform.machine()}",
         },
         "device": {"kind": device.type, "name": device_name(device), "threads": torch.get_num_threads()},
-        "precision": settings.precision,
-        "compile": settings.compile,
-        "channels_last": settings.channels_last,
+        "precision": options.precision,
+        "compile": options.compile,
+        "channels_last": options.channels_last,
         "commit": find_commit(),
         "tree": find_tree(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": run.command,
     }
+
+
+def read_run(path: Path) -> dict:
+    """One run's result file.
+
+    Raises:
+        ValueError: it is cut short, misses a field, is not as the run wrote it, or has a format of another version.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        missing = FIELDS - result.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a readable result file ({error})") from error
+    if not missing and result["format"] not in FORMATS:
+        read = f"{FORMATS[0]} to {FORMATS[-1]}"
+        raise ValueError(f"{path}: result format {result['format']!r}, and this version reads {read}")
+    if missing:
+        raise ValueError(f"{path}: not a whole result file, without {', '.join(sorted(missing))}")
+    if result.get("sha256") != checksum(result):
+        raise ValueError(f"{path}: not as the run wrote it, its checksum differs")
+    return result
 
 
 def load_trained(path: str | Path) -> nn.Module:

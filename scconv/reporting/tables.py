@@ -1,6 +1,6 @@
 """Result files of training runs: read them, put them into tables and learning curves.
 
-`python -m scconv.results --table overall` prints the table that the report shows, and `--compare A.json B.json` how two
+`scconv results --table overall` prints the table that the report shows, and `--compare A.json B.json` how two
 runs differ on their test images. Accuracies are fractions in the files and in the data frames; only what is printed is
 in percent.
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from scconv.files import read_run
-from scconv.paired import Comparison, compare_runs
-from scconv.recipes import RECIPES, build_recipe
-from scconv.record import RESULTS
+from scconv.reporting.recorded import RESULTS
+from scconv.training.paired import Comparison, compare_runs
+from scconv.training.recipes import RECIPES, build_recipe
+from scconv.training.results import read_run
 
 TITLES = {"cifar100": "CIFAR-100", "food101": "Food-101", "digits": "digits"}
 MISSION = ("resnet50", "scconv_resnet50", "densenet121", "scconv_densenet121")
@@ -32,7 +32,7 @@ KEYS = ["data", "recipe", "epochs", "network", "setting"]  # runs that differ in
 def read_runs(folder: Path = RESULTS / "runs") -> list[dict]:
     """All runs in `folder`, by name. Those on a part of the training images (`limit_train_batches`) are left out."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: not a folder with result files")
+        raise ValueError(f"{folder}: not a folder with result files; name another with --folder")
     runs = [read_run(path) for path in sorted(folder.glob("*.json"))]
     return [run for run in runs if run["limit_train_batches"] is None]
 
@@ -187,7 +187,7 @@ def show_comparison(first: dict, second: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scconv.results", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="scconv results", description=__doc__.splitlines()[0])
     parser.add_argument("--table", default="overall", metavar="SET", help="overall, a set such as cifar, or recipes")
     parser.add_argument("--folder", type=Path, default=RESULTS / "runs", help="of the result files")
     pair = "hold two runs' result files against each other, image by image where they say which they had right"
@@ -202,10 +202,6 @@ def main(arguments: list[str] | None = None) -> int:
         table = compare_recipes(runs) if given.table == "recipes" else show_table(runs, given.table)
         print(table.to_string(index=False))
     except ValueError as error:
-        print(f"scconv.results: {error}", file=sys.stderr)
+        print(f"scconv results: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,7 +5,7 @@ import pandas as pd
 import seaborn
 from matplotlib.figure import Figure
 
-from scconv.results import KEYS
+from scconv.reporting.tables import KEYS
 
 # The colours of Okabe and Ito, which stay apart for colour-blind readers. Names that contain others come first.
 COLOURS = {

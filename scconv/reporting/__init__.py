@@ -1,0 +1,1 @@
+"""What several pages share: figures in one style, tables of runs, and the numbers that notebooks record."""
