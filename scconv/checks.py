@@ -1,4 +1,4 @@
-"""What cannot be meant is answered with one line that names the argument."""
+"""Invalid arguments are answered with one line that names the argument."""
 
 from collections.abc import Iterable
 

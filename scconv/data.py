@@ -325,10 +325,10 @@ def test_image_ids(data: ImageData) -> list[str]:
 
 
 def pick_test_images(data: ImageData, n: int) -> tuple[Tensor, Tensor]:
-    """`n` test images of an in-memory set and their labels, by lot: the same ones in each copy of the set.
+    """`n` random test images of an in-memory set and their labels: the same ones in each copy of the set.
 
     Copies of CIFAR-100 differ in their order, and one that is sorted by class has few classes among its first images.
-    The lot is a number that is computed from the pixels.
+    The random number is computed from the pixels.
     """
     images, labels = data.test
     factors = torch.randint(2**40, (images[0].numel(),), generator=torch.Generator().manual_seed(0))
