@@ -1,0 +1,53 @@
+"""What every test and notebook needs: its share of the processor, a quiet kernel, a skip where a tool is missing."""
+
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+# pyproject.toml asks for a worker per core, so each computes on one thread, unless the user set another number. torch
+# reads the variable when it is imported, later; what a test starts (commands, kernels of notebooks) inherits it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if importlib.util.find_spec("nbclient"):
+    sys.path.insert(0, str(Path(__file__).parent / "book" / "_ext"))
+    from local_kernels import use_local_sockets
+
+    use_local_sockets()
+
+
+def can_compile() -> bool:
+    """Whether Inductor can: it calls CXX, else g++ or clang++, and includes Python's headers."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return bool(shutil.which(compiler)) and Path(sysconfig.get_path("include"), "Python.h").is_file()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notebooks are slow. Skip what lacks a compiler. Slow tests come first, so that the workers end together."""
+    skip = pytest.mark.skip(reason="no C++ compiler, or no Python.h, on this machine")
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker("slow")
+        if item.get_closest_marker("requires_compiler") and not can_compile():
+            item.add_marker(skip)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session")
+def threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def same_threads_for_every_test(threads):
+    """`--threads` of the trainer holds for the whole process; the next test must not inherit it."""
+    yield
+    import torch
+
+    torch.set_num_threads(threads)
