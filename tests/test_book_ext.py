@@ -132,27 +132,41 @@ def test_look_up_and_show():
         show("text", ".2fG")
 
 
+JUPYTER_BOOK = "https://github.com/executablebooks/jupyter-book"  # its default
+ACTIONS = {"GITHUB_SERVER_URL": "https://github.com", "GITHUB_REPOSITORY": "a/b"}
+
+
 @pytest.mark.parametrize(
-    ("environ", "remote", "url"),
+    ("environ", "stated", "remote", "url"),
     [
-        ({"SCCONV_REPOSITORY_URL": "https://github.com/a/b/"}, "git@github.com:c/d.git", "https://github.com/a/b"),
-        (
-            {"GITHUB_SERVER_URL": "https://github.com", "GITHUB_REPOSITORY": "a/b"},
-            "git@github.com:c/d.git",
-            "https://github.com/a/b",
-        ),
-        ({}, "https://github.com/c/d.git", "https://github.com/c/d"),
-        ({}, "https://user:secret@github.com/c/d", "https://github.com/c/d"),
-        ({}, "git@github.com:c/d.e.git", "https://github.com/c/d.e"),
-        ({}, "ssh://git@github.com:22/c/d.git", "https://github.com/c/d"),
-        ({}, "", ""),
-        ({}, "/srv/git/scconv.git", ""),
-        ({}, "https://example.org/c/d.git", ""),
+        ({"SCCONV_REPOSITORY_URL": "https://github.com/a/b/"}, "https://x.org/c", "", "https://github.com/a/b"),
+        (ACTIONS, "https://github.com/e/f", "git@github.com:c/d.git", "https://github.com/e/f"),
+        (ACTIONS, JUPYTER_BOOK, "git@github.com:c/d.git", "https://github.com/a/b"),
+        ({}, "", "", ""),
+        ({}, JUPYTER_BOOK, "https://github.com/c/d.git", "https://github.com/c/d"),
+        ({}, JUPYTER_BOOK, "https://user:secret@github.com/c/d", "https://github.com/c/d"),
+        ({}, JUPYTER_BOOK, "git@github.com:c/d.e.git", "https://github.com/c/d.e"),
+        ({}, JUPYTER_BOOK, "ssh://git@github.com:22/c/d.git", "https://github.com/c/d"),
+        ({}, JUPYTER_BOOK, "", ""),
+        ({}, JUPYTER_BOOK, "/srv/git/scconv.git", ""),
+        ({}, JUPYTER_BOOK, "https://example.org/c/d.git", ""),
     ],
-    ids=["by hand", "actions", "https", "no credentials", "ssh", "ssh address", "none", "a folder", "elsewhere"],
+    ids=[
+        "by hand",
+        "configured",
+        "actions",
+        "nothing",
+        "https",
+        "no credentials",
+        "ssh",
+        "ssh address",
+        "none",
+        "a folder",
+        "elsewhere",
+    ],
 )
-def test_repository_url(environ, remote, url):
-    assert repository_url(environ, remote) == url
+def test_repository_url(environ, stated, remote, url):
+    assert repository_url(environ, stated, remote) == url
 
 
 @pytest.mark.parametrize(

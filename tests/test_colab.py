@@ -1,7 +1,7 @@
-"""Colab's cell: the same in all notebooks, nothing outside Colab, and with it a notebook runs in a simulated Colab.
+"""The repository's address, and the cell for Colab: it does nothing elsewhere, and with it a notebook runs on Colab.
 
-The simulation: a kernel whose Python has everything that is installed here but this package, a `google.colab` that is
-imported before the first cell, as there, an empty working folder, and a repository to clone at a local address.
+Colab is simulated: a kernel whose Python has everything that is installed here but this package, a `google.colab` that
+is imported before the first cell, as there, an empty working folder, and a repository to clone at a local address.
 """
 
 import importlib.metadata
@@ -10,12 +10,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import types
 import venv
 from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
@@ -62,15 +64,59 @@ def test_all_notebooks_have_one_address():
     assert len({colab.read_address(read(path)) for path in colab.NOTEBOOKS}) == 1
 
 
-def test_writes_an_address_and_keeps_it(tmp_path):
-    path = shutil.copy(colab.NOTEBOOKS[0], tmp_path)
-    before = read(path)
-    colab.write_cell(path, "https://github.com/a/b")
-    assert colab.read_address(read(path)) == "https://github.com/a/b"
-    colab.write_cell(path)
-    assert colab.read_address(read(path)) == "https://github.com/a/b"
-    colab.write_cell(path, colab.read_address(before))
-    assert read(path) == before
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what has the address, without one."""
+    for name in ("_config.yml", "CITATION.cff", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    for path in colab.NOTEBOOKS[:2]:
+        shutil.copy(path, tmp_path / "notebooks")
+    colab.write_address(tmp_path, "")
+    return tmp_path
+
+
+def contents(folder):
+    return {path.name: path.read_text("utf-8") for path in folder.rglob("*") if path.is_file()}
+
+
+def test_one_command_writes_the_address_everywhere(checkout):
+    before = contents(checkout)
+    colab.write_address(checkout, "https://github.com/Old/one")
+    colab.write_address(checkout, "https://github.com/Some/name")
+    after = contents(checkout)
+    assert not [name for name, text in after.items() if "Old" in text or before[name] == text]
+    assert yaml.safe_load(after["_config.yml"])["repository"]["url"] == "https://github.com/Some/name"
+    assert yaml.safe_load(after["CITATION.cff"])["repository-code"] == "https://github.com/Some/name"
+    assert tomllib.loads(after["pyproject.toml"])["project"]["urls"] == {"Repository": "https://github.com/Some/name"}
+    assert "\npip install git+https://github.com/Some/name\n" in after["README.md"]
+    assert "\ngit clone https://github.com/Some/name && cd name\n" in after["README.md"]
+    assert "(https://some.github.io/name/)" in after["README.md"]
+    name = "notebooks/01_quickstart.ipynb"
+    assert f"(https://colab.research.google.com/github/Some/name/blob/main/{name})" in after["README.md"]
+    assert colab.read_address(read(checkout / name)) == "https://github.com/Some/name"
+    colab.write_address(checkout, "")
+    assert contents(checkout) == before
+
+
+def test_badges_are_for_github(checkout):
+    colab.write_address(checkout, "https://git.example.org/group/sub/name")
+    readme = (checkout / "README.md").read_text("utf-8")
+    assert "pip install git+https://git.example.org/group/sub/name\n" in readme
+    assert ".svg)]" not in readme
+
+
+def test_without_an_address_no_place_has_one(checkout):
+    assert not [name for name, text in contents(checkout).items() if "git+https" in text or "badge.svg" in text]
+
+
+def test_every_place_has_the_address_of_the_notebooks(tmp_path):
+    """Written once more, nothing changes."""
+    names = ("_config.yml", "CITATION.cff", "pyproject.toml", "README.md")
+    for name in names:
+        shutil.copy(ROOT / name, tmp_path)
+    colab.write_address(tmp_path, colab.read_address(read(colab.NOTEBOOKS[0])))
+    assert contents(tmp_path) == {name: (ROOT / name).read_text("utf-8") for name in names}
 
 
 @pytest.mark.parametrize("address", ["nonsense", "", 'https://x.org/"; import os', "git@github.com:a/b.git"])

@@ -120,6 +120,10 @@ def test_other_names_are_answered_as_python_does():
         from scconv import SCCConv  # noqa: F401
 
 
+def test_what_is_cited_is_this_version():
+    assert f"\nversion: {scconv.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+
+
 @pytest.mark.parametrize("module", EXTRAS)
 def test_the_extra_that_is_named_brings_the_module(module):
     owners = {name_of(owner) for owner in importlib.metadata.packages_distributions()[module]}

@@ -1,19 +1,64 @@
-"""The README's examples print what the README says."""
+"""The README's examples print what the README says, and its findings are those of the result files."""
 
 import contextlib
 import io
+import json
 import re
 from pathlib import Path
+from statistics import median
 
-README = Path(__file__).parents[1] / "README.md"
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
 
 
-def test_examples_print_what_is_written_below_them(monkeypatch):
-    monkeypatch.chdir(README.parent)  # where a reader starts
-    examples = re.findall(r"```python\n(.*?)```\n\nprints\n\n```text\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
-    assert len(examples) == 5
-    for source, expected in examples:
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(source, "README.md", "exec"), {})
-        assert printed.getvalue() == expected
+EXAMPLES = re.findall(r"```python\n(.*?)```\n\nprints\n\n```text\n(.*?)```", README, re.DOTALL)
+SLOW = [pytest.param(*example, marks=pytest.mark.slow if "onnx" in example[0] else ()) for example in EXAMPLES]
+
+
+@pytest.mark.parametrize(("source", "expected"), SLOW)
+def test_examples_print_what_is_written_below_them(source, expected, monkeypatch):
+    monkeypatch.chdir(ROOT)  # where a reader starts
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(source, "README.md", "exec"), {})
+    assert printed.getvalue() == expected
+
+
+def test_every_python_block_is_an_example():
+    assert len(EXAMPLES) == README.count("```python") > 0
+
+
+def read(name: str) -> dict:
+    return json.loads((ROOT / "results" / name).read_text("utf-8"))
+
+
+def runs(network: str) -> list[dict]:
+    """The runs of 15 epochs of CIFAR-100, one for each seed."""
+    paths = (ROOT / "results" / "runs").glob(f"cifar100-fast-epochs_15-{network}-seed*.json")
+    return [json.loads(path.read_text("utf-8")) for path in paths]
+
+
+def times(dtype: str, form: str, base: str) -> list[str]:
+    """Time relative to the 3×3 network in the same benchmark, inference and training."""
+    rows = read(f"benchmark/network-cpu-{dtype}.json")["rows"]
+    ratio = {(row["form"], row["direction"]): row["ratio"] for row in rows}
+    return [f"{ratio[form, direction] / ratio[base, direction]:.2f}" for direction in ("inference", "training")]
+
+
+def test_findings_are_those_of_the_result_files():
+    (findings,) = re.findall(r"<!-- findings -->(.*)<!-- /findings -->", README, re.DOTALL)
+    networks = ("scconv_resnet20", "resnet20", "sru_resnet20", "cru_resnet20")
+    assert [len(runs(network)) for network in networks] == [1, 2, 1, 1]  # seeds
+    ours, base, sru, cru = (median(run["test"]["top1"] for run in runs(network)) for network in networks)
+    small, large = runs("scconv_resnet20")[0], runs("resnet20")[0]
+    gamma = read("notebooks/07_gating_and_attribution.json")["measured"]
+    expected = [f"{ours:.1%}", f"{base:.1%}"]
+    expected += [f"{small[size] / large[size]:.0%}" for size in ("params", "macs")]
+    expected += [f"{sru:.1%}", f"{cru:.1%}"]
+    expected += times("float32", "scconv+compile", "3x3+compile") + times("float32", "plain", "3x3")
+    expected += times("bfloat16", "scconv+compile", "3x3+compile")
+    expected += [f"{gamma['gamma']['seed_0']['mean']:.3f}", f"{gamma['gamma_decay_alone']:.3f}"]
+    stated = re.findall(r"\d+\.\d+(?: %)?|\d+ %", findings)
+    assert [number.replace(" ", "") for number in stated] == expected

@@ -121,10 +121,15 @@ class ResultTable(SphinxDirective):
         return table
 
 
-def repository_url(environ, remote: str) -> str:
-    """The repository's web address without credentials: named by hand, else by GitHub Actions, else by git, else ""."""
+def repository_url(environ, stated: str, remote: str) -> str:
+    """The repository's web address without credentials: from the environment, _config.yml, GitHub Actions, or git.
+
+    The first that says it counts; "" where none does. What Jupyter Book states by default is its own repository.
+    """
     if environ.get("SCCONV_REPOSITORY_URL"):
         return environ["SCCONV_REPOSITORY_URL"].rstrip("/")
+    if stated and not stated.endswith("executablebooks/jupyter-book"):
+        return stated
     if environ.get("GITHUB_SERVER_URL") and environ.get("GITHUB_REPOSITORY"):
         return f"{environ['GITHUB_SERVER_URL']}/{environ['GITHUB_REPOSITORY']}"
     # https://github.com/owner/name(.git), ssh://git@github.com/owner/name, git@github.com:owner/name
@@ -140,9 +145,8 @@ def set_repository(app, config):
         remote = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:  # no git on this machine
         remote = ""
-    url = repository_url(os.environ, remote)
     options = config.html_theme_options
-    options["repository_url"] = url  # jupyter-book's default is its own repository
+    url = options["repository_url"] = repository_url(os.environ, options.get("repository_url", ""), remote)
     if url:
         options["repository_provider"] = "github"
         options["use_repository_button"] = options["use_issues_button"] = True
