@@ -31,8 +31,7 @@ RECIPE = replace(QUICK, epochs=3, batch_size=32)
 STEPS = 12
 # All runs get one thread, here and in the commands: another number rounds sums in another order.
 COMMAND = (
-    "--model resnet20 --data digits --recipe quick --image-size 8 --epochs 3 --threads 1 "
-    f"--limit-train-batches {STEPS}"
+    f"--model resnet20 --data digits --recipe quick --image-size 8 --epochs 3 --threads 1 --limit-train-batches {STEPS}"
 )
 
 
