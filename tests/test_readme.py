@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import re
 from pathlib import Path
 from statistics import median
@@ -34,9 +35,13 @@ def read(name: str) -> dict:
     return json.loads((ROOT / "results" / name).read_text("utf-8"))
 
 
-def runs(network: str) -> list[dict]:
-    """The runs of 15 epochs of CIFAR-100, one for each seed."""
-    paths = (ROOT / "results" / "runs").glob(f"cifar100-fast-epochs_15-{network}-seed*.json")
+SMALL = "cifar100-fast-epochs_15"
+PHOTOGRAPHS = "food101-fast-epochs_40-batch_size_32-lr_0.05-image_size_128"
+
+
+def runs(network: str, how: str = SMALL) -> list[dict]:
+    """The runs of one experiment, one for each seed."""
+    paths = (ROOT / "results" / "runs").glob(f"{how}-{network}-seed*.json")
     return [json.loads(path.read_text("utf-8")) for path in paths]
 
 
@@ -57,6 +62,11 @@ def test_findings_are_those_of_the_result_files():
     expected = [f"{ours:.1%}", f"{base:.1%}"]
     expected += [f"{small[size] / large[size]:.0%}" for size in ("params", "macs")]
     expected += [f"{sru:.1%}", f"{cru:.1%}"]
+    for pair in (("scconv_resnet50", "resnet50"), ("scconv_densenet121", "densenet121")):
+        top1 = [run["test"]["top1"] for network in pair for run in runs(network, PHOTOGRAPHS)]
+        assert round(196 * math.sqrt(sum(share * (1 - share) for share in top1) / 500)) == 6  # unpaired
+        expected += [f"{share:.1%}" for share in top1]
+    expected += ["95%"]
     expected += times("float32", "scconv+compile", "3x3+compile") + times("float32", "plain", "3x3")
     expected += times("bfloat16", "scconv+compile", "3x3+compile")
     expected += [f"{gamma['gamma']['seed_0']['mean']:.3f}", f"{gamma['gamma_decay_alone']:.3f}"]
