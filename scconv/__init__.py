@@ -34,7 +34,7 @@ def __getattr__(name: str):
         return getattr(import_module(f"scconv.{PLACES[name]}"), name)
     except ModuleNotFoundError as error:
         if message := name_extra(error):
-            raise ImportError(f"scconv.{name}: {message}") from None
+            raise ImportError(f"scconv.{name} {message}") from None
         raise
 
 

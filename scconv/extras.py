@@ -18,11 +18,11 @@ EXTRAS = {
 
 
 def name_extra(error: ModuleNotFoundError, extra: str | None = None) -> str | None:
-    """`accelerate is not installed; pip install "scconv[train]"`, or None where the module is of no extra.
+    """`needs accelerate; pip install "scconv[train]"`, or None where the module is of no extra.
 
     `extra` is the one to name; by default the smallest that has the module.
     """
     module = (error.name or "").partition(".")[0]
     if module not in EXTRAS:
         return None
-    return f'{module} is not installed; pip install "scconv[{extra or EXTRAS[module]}]"'
+    return f'needs {module}; pip install "scconv[{extra or EXTRAS[module]}]"'

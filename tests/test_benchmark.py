@@ -103,6 +103,7 @@ def test_saved_bytes_are_what_one_counts_by_hand():
     assert saved_bytes(lambda x: x + 1, x, []) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["layer", "memory"])
 def test_writes_a_whole_file(what, tmp_path):
     command = [sys.executable, BENCHMARK / "speed.py", what, "--quick", "--out", tmp_path]

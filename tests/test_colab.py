@@ -219,10 +219,12 @@ def machine(tmp_path_factory):
         yield run
 
 
+@pytest.mark.slow
 def test_a_notebook_runs_through_on_colab(machine):
     machine(read(ROOT / "notebooks" / "03_cru.ipynb"))  # the quickest
 
 
+@pytest.mark.slow
 def test_every_notebook_gets_past_its_setup_on_colab(machine):
     """All of them in one kernel, to save time: the cell for Colab, then each one's setup."""
     notebooks = [code_cells(read(path)) for path in colab.NOTEBOOKS]

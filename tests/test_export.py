@@ -37,6 +37,7 @@ def write_onnx(program, path):
     return lambda images: torch.from_numpy(session.run(None, {given.name: images.numpy()})[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_comes_back_from_export_and_from_onnx(name, tmp_path):
     model = build(name, small_images=True)
@@ -48,6 +49,7 @@ def test_a_network_comes_back_from_export_and_from_onnx(name, tmp_path):
     check_same(write_onnx(program, tmp_path / "model.onnx")(images), expected, has_gates=name.startswith("scconv"))
 
 
+@pytest.mark.slow
 def test_trained_network_for_any_number_of_images(tmp_path):
     """As someone would use it: trained, exported once, called with batches of several sizes."""
     model = build("scconv_resnet20", weights="cifar100")

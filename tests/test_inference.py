@@ -62,6 +62,7 @@ def test_takes_a_layer_alone():
     assert_close(fused(x), layer(x).detach(), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_computes_the_same_for_a_compiler():
     model = with_a_past(build_model("scconv_resnet20"))
     fused = fuse_for_inference(model)

@@ -84,19 +84,20 @@ def test_the_layer_needs_torch_alone():
 def test_a_network_without_torchvision_names_the_extra():
     done = run_with_torch_alone("from scconv import build_model")
     last = done.stderr.splitlines()[-1]
-    says = (
-        r'ImportError: scconv\.build_model: (torchvision|safetensors) is not installed; pip install "scconv\[models\]"'
-    )
+    says = r'ImportError: scconv\.build_model needs (torchvision|safetensors); pip install "scconv\[models\]"'
     assert re.fullmatch(says, last)
 
 
-@pytest.mark.xfail(reason="the command line is being rewritten", strict=True)
-@pytest.mark.parametrize("words", [["scconv.train"], ["scconv", "train"]], ids=" ".join)
+ALIAS = pytest.param(["scconv.train"], marks=pytest.mark.xfail(reason="does not go through __main__ yet", strict=True))
+
+
+@pytest.mark.parametrize("words", [["scconv", "train"], ALIAS], ids=" ".join)
 def test_training_without_its_extra_is_one_line(words):
     done = run_with_torch_alone(*words, "--model", "resnet20", "--data", "digits")
     assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert re.fullmatch(r'scconv(\.train| train)?: \w+ is not installed; pip install "scconv\[train\]"', line)
+    assert "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]  # torch may warn before it that there is no NumPy
+    assert re.fullmatch(r"scconv train: needs \w+; pip install ['\"]scconv\[train\]['\"]", line)
 
 
 def test_names_are_loaded_when_they_are_first_used():

@@ -51,7 +51,10 @@ def missing() -> str:
     return "" if CHROMIUM else "no Chromium on this machine"
 
 
-pytestmark = pytest.mark.skipif(bool(missing()) and "SCCONV_SITE" not in os.environ, reason=missing())
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing()) and "SCCONV_SITE" not in os.environ, reason=missing()),
+]
 
 
 @pytest.fixture(scope="module")

@@ -88,6 +88,7 @@ def times_of_checkpoints(folder: Path) -> set[int]:
 # ---- killed and stopped --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_five_times_at_random_moments(undisturbed, tmp_path):
     """Each time it is killed a random moment after it has written another checkpoint; one is written at each step."""
     waits = random.Random(0)
@@ -384,6 +385,7 @@ def one_process(tmp_path_factory):
     return result, weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [f"{LAUNCH} --multi_gpu", "torch.distributed.run --standalone --nproc_per_node 2"])
 def test_two_processes_do_what_one_does(launcher, one_process, tmp_path):
     """In float64, to the rounding of sums that are taken in another order."""
