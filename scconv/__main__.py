@@ -14,7 +14,7 @@ COMMANDS = {
 
 def info() -> int:
     from scconv.layers import ORDERS
-    from scconv.models import APPENDED, CIFAR_DEPTHS, TORCHVISION
+    from scconv.models import APPENDED, CIFAR_DEPTHS, EQUAL_SIZE, TORCHVISION, WIDTHS
     from scconv.pretrained import CIFAR100
 
     weights = [f"{network}, weights={name!r}" for network, names in CIFAR100["networks"].items() for name in names]
@@ -23,6 +23,8 @@ def info() -> int:
     print("\nNetworks, for build_model(NAME):")
     print(f"  {' '.join([*TORCHVISION, *CIFAR_DEPTHS, APPENDED])}")
     print(f"  and, but for the last, each with one of {' '.join(f'{order}_' for order in ORDERS)} before its name")
+    print(f"  baselines as large as {' '.join(f'scconv_{base}' for base in WIDTHS)}:")
+    print(f"  each of these with one of {' '.join(f'{kind}_' for kind in EQUAL_SIZE)} in place of scconv_")
     print("\nTrained on CIFAR-100, for build_model(NAME, weights=...):")
     print("\n".join(f"  {line}" for line in weights))
     print("\nCommands:")

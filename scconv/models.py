@@ -3,11 +3,19 @@
 A name is a base network, or one of the paper's units before it: `scconv_resnet50` is S+C of table 1, `sru_resnet50` S,
 `cru_resnet50` C, `cru_sru_resnet50` C+S and `parallel_resnet50` C&S. Every 3×3 convolution that the unit fits is
 replaced; the stem is too narrow and stays.
+
+`narrow_resnet50`, `grouped_resnet50` and `separable_resnet50` have as many parameters as `scconv_resnet50` without any
+SCConv, or as near as whole channels allow: a narrower network, one with its 3×3 convolutions in 4 groups, and one with
+depthwise-separable ones, each with its width changed until it fits.
 """
 
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import safetensors
+import torch
 import torch.nn.functional as F
 import torchvision
 from safetensors.torch import load_file
@@ -16,17 +24,22 @@ from torchvision.models.resnet import BasicBlock
 
 from scconv.layers import ORDERS, SCConv
 from scconv.pretrained import CIFAR100, find_pretrained
-from scconv.surgery import append_scconv, cifar_stem, replace_conv3x3
+from scconv.surgery import append_scconv, cifar_stem, group_conv3x3, replace_conv3x3, separate_conv3x3
 
 TORCHVISION = ("resnet34", "resnet50", "resnet101", "densenet121")
 CIFAR_DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet56": 9}  # blocks in each of the three stages
 APPENDED = "resnet34_appended_scconv"
+EQUAL_SIZE = ("narrow", "grouped", "separable")  # baselines with the parameters of the network with SCConv
+# What these change the width of, and torchvision's own value: the channels of the 3×3s in a bottleneck's first stage,
+# those that each dense layer adds, those of the last stage. torchvision's ResNet-34 has no such argument.
+WIDTHS = {"resnet50": 64, "resnet101": 64, "densenet121": 32, **dict.fromkeys(CIFAR_DEPTHS, 64)}
 
 
 def model_names() -> list[str]:
     """Every name that `build_model` knows."""
     bases = [*TORCHVISION, *CIFAR_DEPTHS]
-    return [*bases, APPENDED, *(f"{order}_{base}" for order in ORDERS for base in bases)]
+    with_scconv = [f"{order}_{base}" for order in ORDERS for base in bases]
+    return [*bases, APPENDED, *with_scconv, *(f"{kind}_{base}" for kind in EQUAL_SIZE for base in WIDTHS)]
 
 
 def build_model(
@@ -60,12 +73,13 @@ def build_model(
     if not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes={num_classes!r}: must be a whole number of at least 1")
     order, base = _parse(name)
-    if order is None and scconv_options:
+    if order not in ORDERS and scconv_options:
         raise ValueError(f"{', '.join(scconv_options)}: {name} has no SCConv to take these options")
-    model = _build_base(base, num_classes, small_images)
+    build = partial(_build_equal_size, order) if order in EQUAL_SIZE else _build_base
+    model = build(base, num_classes, small_images)
     if name == APPENDED:
         append_scconv(model, **{"bias": True, **scconv_options})
-    elif order is not None:
+    elif order in ORDERS:
         replace_conv3x3(model, order=order, **scconv_options)
     initialise_scconv(model)
     if weights is not None:
@@ -79,53 +93,95 @@ def initialise_scconv(model: nn.Module) -> None:
     Without this they would keep PyTorch's default for a layer on its own. torchvision's ResNet scales by the fan-out,
     its DenseNet by the fan-in.
     """
-    mode = "fan_in" if isinstance(model, torchvision.models.DenseNet) else "fan_out"
     for scconv in model.modules():
         if isinstance(scconv, SCConv):
-            for module in scconv.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
+            _initialise(scconv.modules(), model)
+
+
+def _initialise(modules: Iterable[nn.Module], model: nn.Module) -> None:
+    mode = "fan_in" if isinstance(model, torchvision.models.DenseNet) else "fan_out"
+    for module in modules:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
 
 
 def _parse(name: str) -> tuple[str | None, str]:
-    """The unit and the base network of a name; the unit is None where there is none."""
+    """What stands before a base network's name, a unit or a kind of baseline, and the base; None where nothing does."""
     if name == APPENDED:
         return "scconv", "resnet34"
-    for order in sorted(ORDERS, key=len, reverse=True):  # "cru_sru" before "cru"
+    for order in sorted([*ORDERS, *EQUAL_SIZE], key=len, reverse=True):  # "cru_sru" before "cru"
         if name.startswith(f"{order}_"):
             return order, name.removeprefix(f"{order}_")
     return None, name
 
 
-def _build_base(base: str, num_classes: int, small_images: bool) -> nn.Module:
+def _build_base(
+    base: str, num_classes: int, small_images: bool, width: int | None = None, multiple: int = 1
+) -> nn.Module:
+    """The network as it is, or with another of the `WIDTHS`; the CIFAR ResNets' widths are multiples of `multiple`."""
     if base in CIFAR_DEPTHS:
-        return CifarResNet(CIFAR_DEPTHS[base], num_classes)
-    model = getattr(torchvision.models, base)(num_classes=num_classes)
+        last = width or WIDTHS[base]
+        widths = [multiple * max(1, round(last * part / multiple)) for part in (1 / 4, 1 / 2, 1)]
+        return CifarResNet(CIFAR_DEPTHS[base], num_classes, widths)
+    if width and base == "densenet121":
+        model = torchvision.models.DenseNet(width, (6, 12, 24, 16), 64, num_classes=num_classes)
+    else:
+        width_of_its_own = {"width_per_group": width} if width else {}
+        model = getattr(torchvision.models, base)(num_classes=num_classes, **width_of_its_own)
     return cifar_stem(model) if small_images else model
+
+
+def _build_equal_size(kind: str, base: str, num_classes: int, small_images: bool) -> nn.Module:
+    """The baseline of that kind whose parameters are nearest to those of `scconv_` + `base`."""
+    groups = 4 if kind == "grouped" else 1
+
+    def build(width: int) -> nn.Module:
+        model = _build_base(base, num_classes, small_images, width, multiple=groups)
+        if kind == "grouped":
+            group_conv3x3(model, groups)
+        elif kind == "separable":
+            separate_conv3x3(model)
+        return model
+
+    def params(width: int) -> int:
+        return sum(p.numel() for p in build(width).parameters())
+
+    step = 1 if base in CIFAR_DEPTHS else groups  # these round each stage's width by themselves
+    widths = range(step, 512, step)
+    with torch.device("meta"):
+        wanted = sum(p.numel() for p in build_model(f"scconv_{base}", num_classes, small_images).parameters())
+        above = bisect_left(widths, wanted, key=params)
+        nearest = min(widths[max(0, above - 1) : above + 1], key=lambda width: abs(params(width) - wanted))
+    model = build(nearest)
+    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    _initialise((module for module in model.modules() if module is not stem), model)
+    return model
 
 
 class CifarResNet(nn.Module):
     """The ResNet for 32×32 images of He et al., Deep Residual Learning, section 4.2: 6·blocks + 2 layers.
 
-    Three stages of 16, 32 and 64 channels, torchvision's basic blocks, and shortcuts without parameters (option A).
+    Three stages of, by default, 16, 32 and 64 channels, torchvision's basic blocks, and shortcuts without parameters
+    (option A).
     """
 
-    def __init__(self, blocks: int, num_classes: int):
+    def __init__(self, blocks: int, num_classes: int, widths: Sequence[int] = (16, 32, 64)):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        first, second, third = widths
+        self.conv1 = nn.Conv2d(3, first, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = _stage(16, 16, blocks)
-        self.layer2 = _stage(16, 32, blocks)
-        self.layer3 = _stage(32, 64, blocks)
-        self.fc = nn.Linear(64, num_classes)
+        self.layer1 = _stage(first, first, blocks)
+        self.layer2 = _stage(first, second, blocks)
+        self.layer3 = _stage(second, third, blocks)
+        self.fc = nn.Linear(third, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))  # (N, 16, H, W)
-        x = self.layer3(self.layer2(self.layer1(x)))  # (N, 64, H/4, W/4)
+        x = self.layer3(self.layer2(self.layer1(x)))  # (N, third, H/4, W/4)
         return self.fc(x.mean((2, 3)))
 
 

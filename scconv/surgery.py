@@ -45,7 +45,34 @@ def replace_conv3x3(model: nn.Module, *, where: Callable[[str, nn.Conv2d], bool]
     Raises:
         ValueError: an option of `SCConv` is out of its range, or `model` is itself a convolution.
     """
-    return _swap(model, lambda conv: _like(conv, **options), where)
+    return swap_conv3x3(model, lambda conv: _like(conv, **options), where)
+
+
+def separate_conv3x3(model: nn.Module) -> Surgery:
+    """Replace each dense 3×3 convolution but the stem, in place, by a depthwise 3×3 and a 1×1 behind it.
+
+    Howard et al. 2017, MobileNets, arXiv:1704.04861, section 3.1, without its batch norm between the two.
+    """
+
+    def separable(conv: nn.Conv2d) -> nn.Sequential:
+        c1, c2, placed = conv.in_channels, conv.out_channels, _placed_like(conv)
+        depthwise = nn.Conv2d(c1, c1, 3, conv.stride, conv.padding, conv.dilation, c1, bias=False, **placed)
+        pointwise = nn.Conv2d(c1, c2, 1, bias=conv.bias is not None, **placed)
+        return _move(nn.Sequential(OrderedDict(depthwise=depthwise, pointwise=pointwise)), conv)
+
+    return swap_conv3x3(model, separable, lambda name, conv: conv.in_channels > 3)
+
+
+def group_conv3x3(model: nn.Module, groups: int = 4) -> Surgery:
+    """Replace each dense 3×3 convolution, in place, by one in `groups` groups, as ResNeXt has (arXiv:1611.05431)."""
+
+    def grouped(conv: nn.Conv2d) -> nn.Conv2d:
+        if conv.in_channels % groups or conv.out_channels % groups:
+            raise ChannelError(f"{conv.in_channels} to {conv.out_channels} channels do not make {groups} groups")
+        c1, c2, bias, placed = conv.in_channels, conv.out_channels, conv.bias is not None, _placed_like(conv)
+        return _move(nn.Conv2d(c1, c2, 3, conv.stride, conv.padding, conv.dilation, groups, bias, **placed), conv)
+
+    return swap_conv3x3(model, grouped)
 
 
 def append_scconv(model: nn.Module, *, after: str = "conv2", **options) -> Surgery:
@@ -63,7 +90,9 @@ def append_scconv(model: nn.Module, *, after: str = "conv2", **options) -> Surge
         return pair
 
     done = {id(pair.conv) for pair in model.modules() if isinstance(getattr(pair, "scconv", None), SCConv)}
-    return _swap(model, with_scconv, lambda name, conv: name.rpartition(".")[2] == after and id(conv) not in done)
+    return swap_conv3x3(
+        model, with_scconv, lambda name, conv: name.rpartition(".")[2] == after and id(conv) not in done
+    )
 
 
 def cifar_stem(model: nn.Module) -> nn.Module:
@@ -83,7 +112,11 @@ def cifar_stem(model: nn.Module) -> nn.Module:
     return model
 
 
-def _swap(model: nn.Module, build: Callable[[nn.Conv2d], nn.Module], where) -> Surgery:
+def swap_conv3x3(
+    model: nn.Module,
+    build: Callable[[nn.Conv2d], nn.Module],
+    where: Callable[[str, nn.Conv2d], bool] | None = None,
+) -> Surgery:
     """Put `build(conv)` where each suitable convolution is, once for each convolution object."""
     if isinstance(model, nn.Conv2d):
         raise ValueError("model=Conv2d: must contain convolutions, not be one; build SCConv(...) instead")

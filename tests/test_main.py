@@ -22,7 +22,11 @@ def test_lists_networks_weights_and_commands(capsys):
     bases, _, orders = printed.partition("and, but for the last, each with one of ")
     bases = bases.splitlines()[-2].split()
     orders = orders.partition(" before its name")[0].split()
-    assert {*bases, *(order + base for order in orders for base in bases[:-1])} == set(model_names())
+    equal = [line.split() for line in printed.splitlines() if "in place of scconv_" in line or "as large as" in line]
+    larger, kinds = ([word for word in words if word.strip(":").endswith("_") or "scconv_" in word] for words in equal)
+    larger = [word.strip(":").removeprefix("scconv_") for word in larger]
+    baselines = {kind + base for kind in kinds if kind != "scconv_" for base in larger}
+    assert {*bases, *(order + base for order in orders for base in bases[:-1]), *baselines} == set(model_names())
     shipped = [(network, name) for network, names in CIFAR100["networks"].items() for name in names]
     assert shipped
     for network, name in shipped:

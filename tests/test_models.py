@@ -53,7 +53,7 @@ def test_every_appended_layer_has_the_published_parameters():
 
 
 def test_names_are_unique_and_every_unit_of_every_family_builds():
-    assert len(set(model_names())) == len(model_names()) == 6 * 7 + 1
+    assert len(set(model_names())) == len(model_names()) == 6 * 7 + 1 + 3 * 6
     expected = {"scconv": 58, "cru": 58, "sru": 58, "cru_sru": 58, "parallel": 0}  # X^w + CRU: 128 + 32 channels
     for order, count in expected.items():
         for base, layers in (("densenet121", count), ("resnet20", 18 if order != "parallel" else 16)):
@@ -92,6 +92,44 @@ def test_the_small_stem_is_initialised_as_the_rest_of_its_network(name, fan):
     torch.manual_seed(0)
     weights = [next(build_model(name, small_images=True).parameters()) for _ in range(4)]
     assert torch.cat(weights).std().item() == pytest.approx((2 / fan) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize(("base", "small"), [("resnet20", True), ("resnet50", True), ("densenet121", False)])
+@pytest.mark.parametrize(("kind", "within"), [("narrow", 0.03), ("grouped", 0.04), ("separable", 0.03)])
+def test_baselines_have_the_size_of_the_network_with_scconv(kind, within, base, small):
+    """Within 3 %; in groups of 4 channels ResNet-20 comes no nearer than 3.5 %."""
+    ours, baseline = (on_meta(f"{name}_{base}", 100, small) for name in ("scconv", kind))
+    assert count_params(baseline) == pytest.approx(count_params(ours), rel=within)
+    assert not any(isinstance(module, SCConv) for module in baseline.modules())
+    convs = [m for m in baseline.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    groups = {(m.groups, m.in_channels) for m in convs if m.in_channels > 3}
+    if kind == "narrow":
+        assert {g for g, _ in groups} == {1}
+    elif kind == "grouped":
+        assert {g for g, _ in groups} == {4}
+    else:
+        assert all(g == channels for g, channels in groups)
+    logits = baseline.to_empty(device="cpu").eval()(torch.zeros(1, 3, 32, 32))
+    assert logits.shape == (1, 100)
+
+
+def test_a_separable_layer_is_a_depthwise_one_and_a_mixing_one():
+    """By hand: channel by channel, then a product over channels; He's deviation for both."""
+    torch.manual_seed(0)
+    model = build_model("separable_resnet20").eval()
+    pair, x = model.layer2[0].conv1, torch.randn(2, model.layer2[0].conv1.depthwise.in_channels, 8, 8)
+    alone = [nn.functional.conv2d(x[:, [c]], pair.depthwise.weight[[c]], None, 2, 1) for c in range(x.shape[1])]
+    expected = torch.einsum("oc,nchw->nohw", pair.pointwise.weight[:, :, 0, 0], torch.cat(alone, 1))
+    torch.testing.assert_close(pair(x), expected, rtol=1e-4, atol=1e-5)
+    pointwise = model.layer3[1].conv1.pointwise.weight
+    assert pointwise.std().item() == pytest.approx((2 / pointwise.shape[0]) ** 0.5, rel=0.1)
+
+
+def test_a_baseline_takes_no_options_of_scconv():
+    with pytest.raises(ValueError, match="gate: narrow_resnet20 has no SCConv"):
+        build_model("narrow_resnet20", gate="hard")
+    with pytest.raises(ValueError, match="name='narrow_resnet34': must be one of"):
+        build_model("narrow_resnet34")
 
 
 def test_options_reach_the_layers():
