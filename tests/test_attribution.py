@@ -8,8 +8,17 @@ from torch import nn
 from torch.testing import assert_close
 
 from scconv import SRU
-from scconv.ablation import ablated
-from scconv.attribution import METHODS, attribute, channel_ablation, infidelity, sensitivity
+from scconv.analysis.ablation import ablated, ablation_study, predict
+from scconv.analysis.attribution import (
+    METHODS,
+    attribute,
+    channel_ablation,
+    infidelity,
+    rank_correlation,
+    sensitivity,
+    unevenness,
+)
+from scconv.analysis.bootstrap import bootstrap
 from scconv.models import build_model
 
 
@@ -183,6 +192,26 @@ def test_sensitivity_is_zero_where_the_map_is_constant_and_relative_where_it_is_
     assert_close(sensitivity(model, x, 1, "integrated_gradients"), found)
 
 
+# ---- maps compared -------------------------------------------------------------------------------------------------
+
+
+def test_rank_correlation_by_hand():
+    maps = torch.tensor([[1.0, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [0, 0, 1, 2], [0, 0, 0, 0]]).view(5, 1, 2, 2)
+    others = torch.tensor([[1.0, 8, 9, 99], [4, 3, 2, 1], [2, 1, 4, 3], [0, 1, 0, 2], [1, 2, 3, 4]]).view(5, 1, 2, 2)
+    # 1 - 6·Σd²/(n(n² - 1)) = 1 - 6·4/60; then with ties: ranks (1.5, 1.5, 3, 4) and (1.5, 3, 1.5, 4), 2.25/4.5
+    expected = torch.tensor([1, -1, 0.6, 0.5, float("nan")], dtype=torch.float64)
+    assert_close(rank_correlation(maps, others), expected, equal_nan=True)
+
+
+def test_unevenness_by_hand():
+    maps = torch.ones(3, 1, 4, 6)
+    maps[1, :, ::2] = 3  # sums over the six blocks of 2×2: 18, 18, 6, 6, so 6 over 12
+    maps[2] = 0
+    maps[2, 0, 0, 0] = 1  # all in one of four positions: √3/4 over 1/4
+    assert_close(unevenness(maps, period=2), torch.tensor([0, 0.5, 3**0.5]))
+    assert unevenness(maps.roll(1, dims=2), period=2)[1] == 0.5  # wherever the grid begins
+
+
 # ---- ablation of the SRU -------------------------------------------------------------------------------------------
 
 
@@ -300,6 +329,33 @@ def test_ablation_is_of_the_named_units_only_and_sums_over_batches():
         assert sums["layer1.1.conv2.sru"]["positions"] == 4 * 16 * 16 * 16
         assert not torch.allclose(changed, plain)
         assert_close(model(x), plain, rtol=0, atol=0)
+
+
+def test_ablation_study_counts_what_each_removal_costs():
+    model, x = small_network().eval(), images(40)
+    labels = torch.arange(40) % 4
+    whole = predict(model, x)
+    found = ablation_study(model, x, labels)
+    assert torch.equal(predict(model, x, batch_size=7), whole)
+    assert found["floor"] == max((whole == c).double().mean() for c in range(4))
+    assert found["accuracy"] == (whole == labels).double().mean()
+    right = {}
+    for control in (None, "smallest"):
+        with ablated(model, "non_informative", control) as sums:
+            predicted = predict(model, x)
+        right[control], row = (predicted == labels).double(), found[f"non_informative_{control or 'itself'}"]
+        assert row["agreement"] == (predicted == whole).double().mean()
+        assert row["accuracy"] == right[control].mean()
+        assert row["positions"] == sums["0.3"]["removed"] / (40 * 8 * 36)
+        assert row["nonzero_positions"] == sums["0.3"]["removed_nonzero"] / (40 * 8 * 36)
+        assert row["energy"] == sums["0.3"]["removed_energy"] / sums["0.3"]["energy"]
+    difference = right[None] - right["smallest"]
+    low, high = bootstrap(difference)
+    expected = {"mean": difference.mean().item(), "low": low, "high": high}
+    assert found["non_informative_minus_smallest"] == pytest.approx(expected)
+    without = ablation_study(model, x)
+    assert without.keys() == found.keys() - {"accuracy"}
+    assert without["informative_itself"] == {k: v for k, v in found["informative_itself"].items() if k != "accuracy"}
 
 
 def test_ablation_ends_after_an_exception():

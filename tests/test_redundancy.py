@@ -7,22 +7,21 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from scconv.layers import CRU, SRU
-from scconv.models import build_model
-from scconv.redundancy import (
-    bootstrap,
-    capture,
+from scconv.analysis.bootstrap import bootstrap, mean_interval
+from scconv.analysis.capture import capture
+from scconv.analysis.redundancy import (
     channel_similarity,
     cka,
     covariance,
     effective_rank,
-    fusion_statistics,
-    gate_statistics,
     gram,
     image_moments,
     linear_cka,
     participation_ratio,
-)  # fmt: skip
+    rank_share,
+    standardised,
+)
+from scconv.models import build_model
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -261,6 +260,19 @@ def test_identical_channels_have_rank_one():
     assert_close(participation_ratio(cov).item(), 1.0, rtol=0, atol=1e-9)
 
 
+def test_standardised_is_the_correlation_and_keeps_a_dead_channel():
+    features = randn(3, 5, 4, 6) * torch.tensor([100.0, 1, 2, 3, 0])[:, None, None]
+    moments = image_moments(features).mean(0)
+    found = standardised(covariance(moments))
+    columns = features.transpose(0, 1).flatten(1)
+    assert_close(found[:4, :4], torch.corrcoef(columns[:4]))
+    assert found[4].eq(0).all()
+    assert_close(rank_share(moments), effective_rank(torch.corrcoef(columns[:4])) / 5)
+
+
+# ---- intervals ----
+
+
 def test_bootstrap_of_a_mean_agrees_with_its_standard_error():
     values = randn(400) + 3
     low, high = bootstrap(values, resamples=4000)
@@ -276,8 +288,20 @@ def test_bootstrap_of_a_statistic_is_that_of_the_resampled_images():
     assert 1 <= low < point < high <= 3
     same = moments[:1].expand(6, -1, -1)  # images that are all alike leave nothing to chance
     assert_close(bootstrap(same, lambda means: means[:, 0, 1]), (same[0, 0, 1].item(),) * 2)
-    with pytest.raises(ValueError, match="values: must be finite"):
-        bootstrap(torch.tensor([1.0, math.nan]))
+    for bad in ([1.0, math.nan], [math.inf], []):
+        with pytest.raises(ValueError, match="values: must be finite and at least one"):
+            bootstrap(torch.tensor(bad))
+
+
+def test_mean_interval_leaves_out_images_without_a_value():
+    values = randn(50)
+    found = mean_interval(torch.cat([values, torch.tensor([math.nan])]))
+    assert_close(found, (values.mean().item(), *bootstrap(values)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_bootstrap_takes_values_from_any_device():
+    assert_close(bootstrap(randn(30).cuda()), bootstrap(randn(30)))
 
 
 # ---- CKA ----
@@ -323,54 +347,3 @@ def test_cka_of_independent_noise():
 def test_cka_needs_four_images():
     with pytest.raises(ValueError, match="features of 3 images: must be of at least 4"):
         linear_cka(randn(3, 5), randn(3, 5))
-
-
-# ---- SRU and CRU ----
-
-
-@pytest.mark.parametrize("gate", ["soft", "hard"])
-def test_gate_statistics_by_hand(gate):
-    sru = SRU(2, gn_groups=2, gate=gate, eps=1e-12, dtype=torch.float64)
-    with torch.no_grad():
-        sru.gn.weight.copy_(torch.tensor([3.0, -1.0]))
-    x = row_maps([1, 0, 0, -1], [0, 0, 4, 4])  # normalised: (√2, 0, 0, -√2) and (-1, -1, 1, 1)
-    found = gate_statistics(sru, x)
-    # w = 3/2 and -1/2, so z = (4.5·√2, 0, 0, -4.5·√2) and -0.5·(1, 1, -1, -1): informative where z > 0
-    assert_close(found["w_gamma"], torch.tensor([1.5, -0.5], dtype=torch.float64))
-    assert found["gamma_sign"].tolist() == [1, -1]
-    assert found["informative"].tolist() == [0.25, 0.5]
-    sigmoid = [1 / (1 + math.exp(-z)) - 0.5 for z in (4.5 * math.sqrt(2), 0.5)]
-    assert_close(found["distance"], (2 * sigmoid[0] + 4 * sigmoid[1]) / 8, rtol=1e-9, atol=0)
-    assert found["zeros_informative"] == 0  # of 1, 4 and 4
-    assert found["zeros_non_informative"] == 0.8
-
-
-def test_gate_statistics_leave_the_layer_alone():
-    sru, x = SRU(4), randn(2, 4, 3, 3).float()
-    kept = x.clone()
-    found = gate_statistics(sru, x)
-    assert not found["w_gamma"].requires_grad
-    found["w_gamma"].zero_()
-    found["gamma_sign"].zero_()
-    assert_close(x, kept, rtol=0, atol=0)
-    assert sru.gn.weight.eq(1).all()
-    assert sru.gn.weight.requires_grad
-    assert sru.gn.weight.grad is None
-
-
-def test_no_position_gives_nan():
-    found = gate_statistics(SRU(2, gn_groups=2), torch.zeros(1, 2, 3, 3))  # z = 0 is not above the threshold
-    assert math.isnan(found["zeros_informative"])
-    assert found["zeros_non_informative"] == 1
-
-
-def test_fusion_statistics_by_hand():
-    cru = CRU(4, 4, alpha=0.5, squeeze_ratio=2, groups=1)
-    with torch.no_grad():
-        for parameter in cru.parameters():
-            parameter.zero_()
-        cru.squeeze_low.weight.fill_(1)
-    x = torch.zeros(2, 4, 3, 3)
-    x[1, 2] = math.log(3)  # then Y2's last channel is X_low = log 3, so its β1 is 1/(1 + 3), and all else is 0
-    expected = torch.tensor([[0.5] * 4, [0.5, 0.5, 0.5, 0.25]])
-    assert_close(fusion_statistics(cru, x), expected)

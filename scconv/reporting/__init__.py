@@ -1,1 +1,1 @@
-"""What several pages share: figures in one style, tables of runs, and the numbers that notebooks record."""
+"""What several pages share: figures in one style, tables of runs, recorded numbers, and sample images."""

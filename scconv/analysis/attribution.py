@@ -1,7 +1,7 @@
-"""What made a network's answer: Captum's methods as one call and one map per image. Not in the paper.
+"""Which pixels a network's prediction depends on: Captum's methods by one call, one map for each image.
 
-Captum (https://captum.ai) does the work; here it runs in eval mode, and leaves the model, its gradients and the images
-as they were. What Captum cannot know of, the SRU's gate, is taken apart in `ablation.py`.
+Not in the paper. Captum (https://captum.ai) does the work; here it runs in eval mode, and leaves the model, its
+gradients and the images as they were. What Captum does not know of, the SRU's gate, is in `ablation.py`.
 """
 
 from collections.abc import Iterator
@@ -17,10 +17,11 @@ from captum.attr import (
     LayerGradCam,
     Saliency,
 )
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from scconv.analysis.capture import capture
 from scconv.checks import check_choice
-from scconv.redundancy import capture
 
 METHODS = ("saliency", "integrated_gradients", "grad_cam", "activation")
 LAYER_METHODS = ("grad_cam", "activation")
@@ -30,7 +31,7 @@ Target = int | list[int] | Tensor
 def attribute(
     model: nn.Module, images: Tensor, target: Target, method: str, layer: str | None = None, batch_size: int = 64
 ) -> Tensor:
-    """One map per image, (N, 1, H, W), of what made the logit of `target`.
+    """One map per image, (N, 1, H, W), of what the logit of `target` depends on.
 
     `"saliency"` and `"integrated_gradients"` (32 steps from an image of zeros) sum absolute values over the channels.
     `"grad_cam"` keeps the positive part, so a map can be zero everywhere. `"activation"` is the sum of the layer's
@@ -85,7 +86,7 @@ def infidelity(
 
     Captum's normalised infidelity (Yeh et al., NeurIPS 2019) divided by that of a blank map, under the same Gaussian
     noise of standard deviation 0.05: the share of the squared change that the best multiple of the map leaves over. A
-    map made by lot comes to 1 - 1/`samples`. Gradient methods enter with their sign and per channel, and integrated
+    random map comes to 1 - 1/`samples`. Gradient methods enter with their sign and per channel, and integrated
     gradients without the factor x; a layer's map as `attribute` shows it, the same for each channel.
     """
     with _evaluating(model):
@@ -129,6 +130,25 @@ def sensitivity(
         return metrics.sensitivity_max(explain, images, perturb, n_perturb_samples=samples, target=target)
 
 
+def rank_correlation(maps: Tensor, others: Tensor) -> Tensor:
+    """Spearman's correlation of each image's two maps, (N, …) each, to (N,); NaN if one of the two is constant."""
+    flat = [m.flatten(1).cpu().unbind() for m in (maps, others)]
+    constant = [bool((a == a[0]).all() or (b == b[0]).all()) for a, b in zip(*flat, strict=True)]
+    found = [float("nan") if c else spearmanr(a, b).statistic for c, a, b in zip(constant, *flat, strict=True)]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def unevenness(maps: Tensor, period: int = 4) -> Tensor:
+    """Is there a grid in the maps? (N, 1, H, W) to (N,): 0 if all positions within a period get the same sum.
+
+    Cuts each map into blocks of period × period pixels, sums over the blocks, and divides the standard deviation of
+    those period² sums by their mean. H and W must be multiples of the period.
+    """
+    n, _, rows, columns = maps.shape
+    sums = maps.reshape(n, rows // period, period, columns // period, period).sum((1, 3)).flatten(1)  # (N, period²)
+    return sums.std(1, correction=0) / sums.mean(1)
+
+
 def _signed(model: nn.Module, images: Tensor, target: Tensor, method: str, batch_size: int = 64, **options) -> Tensor:
     """Captum's attributions of each pixel and channel, with their sign, (N, C, H, W)."""
     found = []
@@ -168,7 +188,7 @@ def _check(
     if images.ndim != 4 or not images.is_floating_point() or not len(images):
         raise ValueError(f"images {images.dtype} {tuple(images.shape)}: must be floating-point (N, C, H, W), N ≥ 1")
     if layer is None and method in LAYER_METHODS:
-        raise ValueError(f"layer=None: must be the name of a module, for method={method!r} to look at")
+        raise ValueError(f"layer=None: must be the name of a module, for method={method!r}")
     with capture(model, [] if layer is None else layer) as captured:
         classes = model(images[:1]).shape[1]
     if layer is not None and captured[layer].ndim != 4:

@@ -1,6 +1,7 @@
-"""What the SRU calls informative, taken away: does a network need it? Not in the paper.
+"""Does a network need what its SRUs call informative? Not in the paper.
 
-`ablated` removes the positions that Eq. (3) calls non-informative, or informative, or others as a control.
+`ablated` removes the positions that Eq. (3) calls non-informative, or informative, or others as a control;
+`ablation_study` counts what that costs.
 """
 
 from collections import Counter
@@ -10,11 +11,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from scconv.analysis.bootstrap import mean_interval
 from scconv.checks import check_choice
 from scconv.layers import SRU
 
 PARTS = ("non_informative", "informative")
 CONTROLS = ("channel", "nonzero", "smallest")
+STUDIED = {"non_informative": CONTROLS, "informative": ("nonzero",)}  # what `ablation_study` removes, and its controls
 
 
 @contextmanager
@@ -73,6 +76,48 @@ def ablated(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, batch_size: int = 125) -> Tensor:
+    """The class with the largest logit for each image, (N,)."""
+    return torch.cat([model(x).argmax(1) for x in images.split(batch_size)])
+
+
+def ablation_study(model: nn.Module, images: Tensor, labels: Tensor | None = None, batch_size: int = 125) -> dict:
+    """What removing each part of STUDIED from all SRUs costs, and removing as much by each of its controls.
+
+    Takes a network in eval mode, its input images (N, C, H, W), and their labels (N,) if there are any. Returns
+
+    - `n`; `floor`, the share of the network's most common prediction; with labels, `accuracy`;
+    - for each part `PART_itself`, and for its controls `PART_CONTROL`: the share of predictions that stay, `agreement`,
+      with labels the `accuracy`, and what was removed as a share of all `positions`, the `nonzero_positions` as a share
+      of them too, and the `energy` Σx²;
+    - for the part minus each control but `"channel"`, `PART_minus_CONTROL`: the difference in accuracy, or without
+      labels in agreement, with its `mean`, `low` and `high`, paired by image.
+    """
+    whole, right = predict(model, images, batch_size), {}
+    found = {"n": len(images), "floor": whole.bincount().max().item() / len(whole)}
+    if labels is not None:
+        found["accuracy"] = (whole == labels).double().mean().item()
+    for part, controls in STUDIED.items():
+        for control in (None, *controls):
+            with ablated(model, part, control) as by_unit:
+                predicted = predict(model, images, batch_size)
+            removed = sum(by_unit.values(), Counter())
+            right[control] = (predicted == (whole if labels is None else labels)).double()
+            found[f"{part}_{control or 'itself'}"] = row = {
+                "agreement": (predicted == whole).double().mean().item(),
+                "positions": removed["removed"] / removed["positions"],
+                "nonzero_positions": removed["removed_nonzero"] / removed["positions"],
+                "energy": removed["removed_energy"] / removed["energy"],
+            }
+            if labels is not None:
+                row["accuracy"] = right[control].mean().item()
+            if control not in (None, "channel"):
+                difference = mean_interval(right[None] - right[control])
+                found[f"{part}_minus_{control}"] = dict(zip(("mean", "low", "high"), difference, strict=True))
+    return found
 
 
 def _matched(part: Tensor, x: Tensor, control: str, generator: torch.Generator) -> Tensor:
