@@ -9,14 +9,12 @@ from scconv.files import checksum
 from scconv.reporting.recorded import RESULTS
 from scconv.reporting.tables import (
     EXPECTED,
-    compare_recipes,
     learning_curves,
     main,
     read_runs,
     show_table,
     tabulate,
 )
-from scconv.training.recipes import RECIPES
 from scconv.training.results import read_run
 
 RUN = RESULTS / "runs" / "cifar100-fast-epochs_15-resnet20-seed0.json"
@@ -165,56 +163,6 @@ def test_learning_curves_are_the_histories():
     assert len(curves) == sum(run["recipe"]["epochs"] for run in runs)
     last = curves[(curves["seed"] == 1) & (curves["epoch"] == 15)].iloc[0]
     assert last["test_top1"] == runs[1]["history"][-1]["test_top1"]
-
-
-def trained(folder, recipe: str, epochs: int, seed: int, top1: float, network: str = "resnet20") -> None:
-    """A run file whose accuracy rises by `top1` each epoch."""
-    own = {key: getattr(RECIPES[recipe], key) for key in ("name", "lr", "batch_size")}
-    run = variant(seed, recipe={**own, "epochs": epochs}, model=network)
-    run["history"] = [{**run["history"][0], "epoch": n, "test_top1": top1 * n} for n in range(1, epochs + 1)]
-    name = f"{recipe}-{epochs}-{network}-{seed}.json"
-    (folder / name).write_text(json.dumps({**run, "sha256": checksum(run)}))
-
-
-def test_two_recipes_are_compared_by_epoch_where_both_ran(tmp_path):
-    for seed, top1 in enumerate((0.05, 0.07, 0.06)):
-        trained(tmp_path, "fast", 12, seed, top1)
-    trained(tmp_path, "fast", 3, 0, 0.2)  # a shorter experiment
-    trained(tmp_path, "paper", 25, 0, 0.02)
-    trained(tmp_path, "quick", 30, 0, 0.03)  # neither of the two
-    table = compare_recipes(read_runs(tmp_path))
-    assert set(table["network"]) == {"resnet20"}
-    assert set(table["set"]) == {"CIFAR-100"}
-    expected = {  # the median seed's 6 points an epoch, and 2
-        1: ("6.00%", "2.00%"),
-        2: ("12.00%", "4.00%"),
-        5: ("30.00%", "10.00%"),
-        10: ("60.00%", "20.00%"),
-        12: ("72.00%", "24.00%"),
-        20: ("–", "40.00%"),
-        25: ("–", "50.00%"),
-    }
-    assert {row["epoch"]: (row["fast"], row["paper"]) for row in table.to_dict("records")} == expected
-
-
-def test_a_recipe_that_did_not_run_says_so(tmp_path):
-    trained(tmp_path, "fast", 12, 0, 0.05)
-    trained(tmp_path, "paper", 4, 0, 0.02, network="resnet56")
-    trained(tmp_path, "quick", 2, 0, 0.02, network="resnet32")
-    table = compare_recipes(read_runs(tmp_path))
-    assert table.to_numpy().tolist() == [
-        ["CIFAR-100", "resnet20", 12, "60.00%", "not run yet"],
-        ["CIFAR-100", "resnet56", 4, "not run yet", "8.00%"],
-    ]
-    assert compare_recipes([]).empty
-    assert list(compare_recipes([]).columns) == ["set", "network", "epoch", "fast", "paper"]
-
-
-def test_the_command_compares_recipes(tmp_path, capsys):
-    trained(tmp_path, "fast", 2, 0, 0.05)
-    trained(tmp_path, "paper", 2, 0, 0.02)
-    assert main(["--table", "recipes", "--folder", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["CIFAR-100", "resnet20", "2", "10.00%", "4.00%"]
 
 
 def test_the_command_prints_the_table_of_the_report(capsys):

@@ -22,7 +22,6 @@ MISSION = ("resnet50", "scconv_resnet50", "densenet121", "scconv_densenet121")
 # Rows that a table has with or without a run: (data, recipe, network). Other runs get theirs by being there.
 FOOD_SUBSET = "Food-101, 10 classes, 128 px"
 EXPECTED = tuple((data, recipe, n) for data, recipe in (("CIFAR-100", "short"), (FOOD_SUBSET, "fast")) for n in MISSION)
-SHOWN_EPOCHS = (1, 2, 5, 10, 20, 50, 100)  # where two recipes are compared, besides the last
 KEYS = ["data", "recipe", "epochs", "network", "setting"]  # runs that differ in none of these are one experiment
 
 
@@ -150,30 +149,6 @@ def learning_curves(runs: list[dict]) -> pd.DataFrame:
     return pd.DataFrame([{**describe(run), "seed": run["seed"], **row} for run in runs for row in run["history"]])
 
 
-def compare_recipes(runs: list[dict], first: str = "fast", second: str = "paper") -> pd.DataFrame:
-    """Top-1 on the way, of two recipes side by side, all text: each recipe's longest runs, the median of their seeds.
-
-    Where both ran, a row for each of `SHOWN_EPOCHS` and for the last of each; where one did, its last epoch, and
-    "not run yet" for the other.
-    """
-    rows = []
-    curves = learning_curves(runs).groupby(["data", "network", "setting"], sort=False) if runs else ()
-    for (data, network, setting), both in curves:
-        network = f"{network}, {setting}" if setting else network
-        top1 = {recipe: accuracy_by_epoch(both[both["recipe"] == recipe]) for recipe in (first, second)}
-        last = {max(found.index) for found in top1.values() if len(found)}
-        both_ran = all(map(len, top1.values()))
-        for epoch in sorted(last | {shown for shown in SHOWN_EPOCHS if both_ran and shown < max(last)}):
-            cells = {recipe: f"{found.get(epoch):.2%}" if epoch in found else "–" for recipe, found in top1.items()}
-            cells |= {recipe: "not run yet" for recipe, found in top1.items() if found.empty}
-            rows.append({"set": data, "network": network, "epoch": epoch, **cells})
-    return pd.DataFrame(rows, columns=["set", "network", "epoch", first, second])
-
-
-def accuracy_by_epoch(curves: pd.DataFrame) -> pd.Series:
-    return curves[curves["epochs"] == curves["epochs"].max()].groupby("epoch")["test_top1"].median()
-
-
 def show_comparison(first: dict, second: dict) -> str:
     """What `compare_runs` found, as a sentence."""
     found: Comparison = compare_runs(first, second)
@@ -188,7 +163,7 @@ def show_comparison(first: dict, second: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scconv results", description=__doc__.splitlines()[0])
-    parser.add_argument("--table", default="overall", metavar="SET", help="overall, a set such as cifar, or recipes")
+    parser.add_argument("--table", default="overall", metavar="SET", help="overall, or a set such as cifar")
     parser.add_argument("--folder", type=Path, default=RESULTS / "runs", help="of the result files")
     pair = "hold two runs' result files against each other, image by image where they say which they had right"
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help=pair)
@@ -199,8 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(show_comparison(first, second))
             return 0
         runs = read_runs(given.folder)
-        table = compare_recipes(runs) if given.table == "recipes" else show_table(runs, given.table)
-        print(table.to_string(index=False))
+        print(show_table(runs, given.table).to_string(index=False))
     except ValueError as error:
         print(f"scconv results: {error}", file=sys.stderr)
         return 2
