@@ -10,8 +10,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from scconv.fused import plain
-
 
 def conv_params(c1: int, c2: int, k: int = 3) -> int:
     """P_s of Eq. (10): parameters of a k×k convolution from c1 to c2 channels, without a bias."""
@@ -66,7 +64,7 @@ def _count(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
         raise ValueError(f"input_shape={tuple(input_shape)}: must be (N, C, H, W), each at least 1")
     ghost = copy.deepcopy(model).to("meta").eval()
     dtype = next((parameter.dtype for parameter in ghost.parameters()), torch.float32)
-    with torch.no_grad(), plain(), FlopCounterMode(display=False) as counter:  # the operators of the paper's text
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         ghost(torch.empty(tuple(input_shape), device="meta", dtype=dtype))
     root = type(ghost).__name__
     counts = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}

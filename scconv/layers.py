@@ -5,18 +5,16 @@ pp. 6153-6162. SRU is Eq. (1)-(4) and figure 2, CRU is Eq. (5)-(9), SCConv is an
 
 The paper leaves several points open. Each is one keyword here, and one row of the book's page on departures:
 `gate`, `gate_threshold` (Eq. 3), `gn_groups` (Eq. 1), `fusion` (Eq. 8), `order` (table 1) and what a stride does.
-What runs is the same function with less to move, `fused.py` and `eager.py`; `with plain():` runs this text itself.
 Not in the paper: precision. Statistics, the sum of γ and the gate are computed in float32 or wider, see `SRU`.
+
+This is the code that runs, part by part, so hooks on every part fire. `scconv.compile_scconv` makes it faster.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from scconv.checks import check_choice
-from scconv.fused import STOCK, needs_plain, scconv_forward
+from torch import Tensor, fx, nn
 
 GATES = ("soft", "hard")
 FUSIONS = ("branch", "global")
@@ -25,6 +23,32 @@ ORDERS = ("scconv", "sru", "cru", "cru_sru", "parallel")
 
 class ChannelError(ValueError):
     """The options are sound, but this number of channels does not fit them. `replace_conv3x3` leaves such a layer."""
+
+
+def _shared(name: str, least: int) -> property:
+    """An attribute of the k×k `convolution` as the layer's own, so that setting it later has an effect."""
+
+    def write(layer: nn.Module, value: int | tuple[int, int]) -> None:
+        setattr(layer.convolution, name, _pair(name, value, least))
+
+    return property(lambda layer: getattr(layer.convolution, name), write)
+
+
+class WeightedGroupNorm(nn.GroupNorm):
+    """Eq. (1) and (2): z = W_γ · GN(X), the argument of the sigmoid in Eq. (3).
+
+    Maps (N, C, H, W) to (N, C, H, W) in float32 or wider, whatever the precision of x and of the parameters.
+
+    One module, because whatever depends on γ and β must happen inside its call: FSDP gathers a leaf's parameters for
+    the length of the call, and Opacus derives per-sample gradients from its input and output.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _at_least_float32(x)
+        gamma, beta = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        x_out = F.group_norm(x, self.num_groups, gamma, beta, self.eps)  # (1)
+        w_gamma = gamma / gamma.sum()  # (2)
+        return w_gamma.view(1, -1, 1, 1) * x_out
 
 
 class SRU(nn.Module):
@@ -60,7 +84,7 @@ class SRU(nn.Module):
     ):
         super().__init__()
         _check_whole(channels=channels, gn_groups=gn_groups)
-        check_choice("gate", gate, GATES)
+        _check_choice("gate", gate, GATES)
         _check_fraction("gate_threshold", gate_threshold)
         if channels % 2:
             raise ChannelError(f"channels={channels}: cross-reconstruction needs an even number")
@@ -69,16 +93,13 @@ class SRU(nn.Module):
         self.channels = channels
         self.gate = gate
         self.gate_threshold = gate_threshold
-        self.gn = nn.GroupNorm(gn_groups, channels, eps=eps, device=device, dtype=dtype)
+        self.gn = WeightedGroupNorm(gn_groups, channels, eps=eps, device=device, dtype=dtype)
 
     def gate_logits(self, x: Tensor) -> Tensor:
         """z = W_γ · GN(X), the sigmoid's argument in Eq. (3); (N, C, H, W), in float32 or wider."""
-        wide = _at_least_float32(x)
-        gamma, beta = self.gn.weight.to(wide.dtype), self.gn.bias.to(wide.dtype)
-        # By function, since the module would compute in x's precision; so hooks on `gn` do not fire, those on SRU do.
-        x_out = F.group_norm(wide, self.gn.num_groups, gamma, beta, self.gn.eps)  # (1)
-        w_gamma = gamma / gamma.sum()  # (2)
-        return w_gamma.view(1, -1, 1, 1) * x_out
+        if type(self.gn) is nn.GroupNorm:
+            raise TypeError("gn=GroupNorm: must be a WeightedGroupNorm, the gate needs W_γ of Eq. (2) as well")
+        return self.gn(x)  # (1) and (2)
 
     def gate_weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """W1 (informative) and W2 (non-informative) of Eq. (3), each (N, C, H, W), in float32 or wider."""
@@ -109,13 +130,15 @@ class CRU(nn.Module):
 
     The 1×1 convolutions see what the k×k kernel's centre sees: with a stride they read every stride-th position, and a
     padding other than dilation·(k - 1)/2 crops or pads their input. The paper says nothing of strides.
+    `stride`, `padding` and `dilation` are those of `gwc`, and can be set later as on an `nn.Conv2d`.
 
     Args:
         in_channels: C1.
         out_channels: C2, divisible by `groups`.
         kernel_size: k, odd.
         stride: of the k×k convolution, an int or a pair.
-        padding: of the k×k convolution, an int or a pair; None means dilation·(k - 1)/2, that keeps H and W.
+        padding: of the k×k convolution, an int or a pair, "same" or "valid"; None means dilation·(k - 1)/2, that keeps
+            H and W.
         dilation: of the k×k convolution, an int or a pair.
         alpha: α, the upper branch's share of the channels, in (0, 1); αC1 is rounded to a whole number.
         squeeze_ratio: r, by which a 1×1 convolution narrows each branch.
@@ -134,7 +157,7 @@ class CRU(nn.Module):
         out_channels: int,
         kernel_size: int | tuple[int, int] = 3,
         stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | None = None,
+        padding: int | tuple[int, int] | str | None = None,
         dilation: int | tuple[int, int] = 1,
         *,
         alpha: float = 0.5,
@@ -148,12 +171,10 @@ class CRU(nn.Module):
         super().__init__()
         _check_whole(in_channels=in_channels, out_channels=out_channels, squeeze_ratio=squeeze_ratio, groups=groups)
         _check_fraction("alpha", alpha)
-        check_choice("fusion", fusion, FUSIONS)
+        _check_choice("fusion", fusion, FUSIONS)
+        geometry = _geometry(kernel_size, stride, padding, dilation)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size, self.stride, self.padding, self.dilation = _geometry(kernel_size, stride, padding, dilation)
-        same = _same_padding(self.kernel_size, self.dilation)
-        self.margin = (self.padding[0] - same[0], self.padding[1] - same[1])
         self.alpha = alpha
         self.fusion = fusion
 
@@ -177,26 +198,35 @@ class CRU(nn.Module):
         to = {"device": device, "dtype": dtype}
         self.squeeze_up = nn.Conv2d(self.up_channels, up, 1, bias=False, **to)
         self.squeeze_low = nn.Conv2d(self.low_channels, low, 1, bias=False, **to)
-        self.gwc = nn.Conv2d(
-            up, out_channels, self.kernel_size, self.stride, self.padding, self.dilation, groups, bias, **to
-        )
-        self.pwc_up = nn.Conv2d(up, out_channels, 1, self.stride, bias=False, **to)
+        self.gwc = nn.Conv2d(up, out_channels, *geometry, groups, bias, **to)
+        self.pwc_up = nn.Conv2d(up, out_channels, 1, bias=False, **to)
         self.pwc_low = None  # (1 - α)C1/r = C2: X_low alone fills Y2, as in DenseNet's 128→32
         if low < out_channels:
             self.pwc_low = nn.Conv2d(low, out_channels - low, 1, bias=False, **to)
 
+    convolution = property(lambda self: self.gwc)
+    kernel_size = property(lambda self: self.convolution.kernel_size)
+    stride, padding, dilation = _shared("stride", 1), _shared("padding", 0), _shared("dilation", 1)
+
+    @property
+    def margin(self) -> tuple[int, int]:
+        """Rows and columns by which the padding exceeds the one that keeps H and W."""
+        rows, columns = _same_padding(self.kernel_size, self.dilation)
+        return self.padding[0] - rows, self.padding[1] - columns
+
     def at_kernel_centre(self, x: Tensor) -> Tensor:
-        """Crop or pad (N, C, H, W), so that a 1×1 kernel of the same stride meets the centres of the k×k kernel."""
+        """What lies under the centre of the k×k kernel wherever it stops: (N, C, H, W) to (N, C, H', W')."""
         rows, columns = self.margin
-        return F.pad(x, (columns, columns, rows, rows)) if rows or columns else x
+        if rows or columns:
+            x = F.pad(x, (columns, columns, rows, rows))
+        return x if self.stride == (1, 1) else x[:, :, :: self.stride[0], :: self.stride[1]]
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Split, squeeze and transform: Y1 and Y2 of Eq. (5) and (6), each (N, C2, H', W')."""
         x_up, x_low = x.split([self.up_channels, self.low_channels], dim=1)  # (N, αC1, H, W), (N, (1-α)C1, H, W)
         x_up = self.squeeze_up(x_up)  # (N, αC1/r, H, W)
-        rows, columns = self.stride
-        x_low = self.squeeze_low(self.at_kernel_centre(x_low)[:, :, ::rows, ::columns])  # (N, (1-α)C1/r, H', W')
         y1 = self.gwc(x_up) + self.pwc_up(self.at_kernel_centre(x_up))  # (5), (N, C2, H', W')
+        x_low = self.squeeze_low(self.at_kernel_centre(x_low))  # (N, (1-α)C1/r, H', W')
         y2 = x_low if self.pwc_low is None else torch.cat([self.pwc_low(x_low), x_low], dim=1)  # (6)
         return y1, y2
 
@@ -226,8 +256,8 @@ class SCConv(nn.Module):
     Maps (N, C1, H, W) to (N, C2, H', W'), with H' and W' as for `nn.Conv2d` of the same arguments.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation: as for `nn.Conv2d`; `padding=None` keeps H
-            and W at stride 1.
+        in_channels, out_channels, kernel_size, stride, padding, dilation: as for `nn.Conv2d`, but that the default
+            `padding=None` keeps H and W at stride 1. The last three can be set later, too.
         alpha, squeeze_ratio, groups, fusion, bias: see `CRU`.
         gn_groups, gate, gate_threshold: see `SRU`.
         order: which units, in the words of table 1: `"scconv"` (S+C), `"cru_sru"` (C+S), `"parallel"` (C&S, the sum
@@ -243,7 +273,7 @@ class SCConv(nn.Module):
         out_channels: int,
         kernel_size: int | tuple[int, int] = 3,
         stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | None = None,
+        padding: int | tuple[int, int] | str | None = None,
         dilation: int | tuple[int, int] = 1,
         *,
         alpha: float = 0.5,
@@ -259,14 +289,13 @@ class SCConv(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        check_choice("order", order, ORDERS)
+        _check_choice("order", order, ORDERS)
         _check_whole(in_channels=in_channels, out_channels=out_channels)
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride, self.padding, self.dilation = _geometry(kernel_size, stride, padding, dilation)
         self.order = order
         if order == "parallel" and in_channels != out_channels:
             raise ChannelError(f"out_channels={out_channels}: order='parallel' adds X^w, so it must be {in_channels}")
-        convolution = (in_channels, out_channels, self.kernel_size, self.stride, self.padding, self.dilation)
+        convolution = (in_channels, out_channels, *_geometry(kernel_size, stride, padding, dilation))
         to = {"device": device, "dtype": dtype}
         if order != "cru":
             channels = out_channels if order == "cru_sru" else in_channels
@@ -277,17 +306,17 @@ class SCConv(nn.Module):
             cru = {"alpha": alpha, "squeeze_ratio": squeeze_ratio, "groups": groups, "fusion": fusion, "bias": bias}
             self.cru = CRU(*convolution, **cru, **to)
 
+    convolution = property(lambda self: self.conv if self.order == "sru" else self.cru.gwc)
+    kernel_size = property(lambda self: self.convolution.kernel_size)
+    stride, padding, dilation = _shared("stride", 1), _shared("padding", 0), _shared("dilation", 1)
+
     def forward(self, x: Tensor) -> Tensor:
-        _check_input(x, self.in_channels)
-        if not needs_plain(self):
-            return scconv_forward(self.sru, self.cru, x)  # the next line's function, with less to move
         if self.order == "scconv":
             return self.cru(self.sru(x))
         if self.order == "cru_sru":
             return self.sru(self.cru(x))
         if self.order == "parallel":
-            rows, columns = self.stride
-            return self.cru(x) + self.cru.at_kernel_centre(self.sru(x))[:, :, ::rows, ::columns]
+            return self.cru(x) + self.cru.at_kernel_centre(self.sru(x))
         return self.cru(x) if self.order == "cru" else self.conv(self.sru(x))
 
     def extra_repr(self) -> str:
@@ -296,8 +325,6 @@ class SCConv(nn.Module):
             f"padding={self.padding}, dilation={self.dilation}, order={self.order!r}"
         )
 
-
-STOCK.update({SRU, CRU})
 
 PUBLISHED_NAMES = {
     "SRU": "sru", "CRU": "cru", "squeeze1": "squeeze_up", "squeeze2": "squeeze_low",
@@ -326,13 +353,22 @@ def convert_published_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Ten
     return converted
 
 
+@fx.wrap  # torch.fx does not look inside, where it could not follow
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+@fx.wrap
 def _check_input(x: Tensor, channels: int) -> None:
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"input of shape {tuple(x.shape)}: must be (N, {channels}, H, W)")
+    if not x.is_floating_point():
+        raise ValueError(f"input of {x.dtype}: must be floating point")
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
 
 
 def _check_whole(**arguments: int) -> None:
@@ -358,8 +394,12 @@ def _geometry(kernel_size, stride, padding, dilation) -> tuple[tuple[int, int], 
     kernel_size, dilation = _pair("kernel_size", kernel_size), _pair("dilation", dilation)
     if kernel_size[0] % 2 == 0 or kernel_size[1] % 2 == 0:
         raise ValueError(f"kernel_size={kernel_size}: must be odd, the 1×1 convolutions sit at its centre")
-    padding = _same_padding(kernel_size, dilation) if padding is None else _pair("padding", padding, least=0)
-    return kernel_size, _pair("stride", stride), padding, dilation
+    stride = _pair("stride", stride)
+    if padding == "same" and stride != (1, 1):
+        raise ValueError(f"padding='same': needs stride=1, as for nn.Conv2d, not {stride}")
+    if padding is None or padding == "same":
+        padding = _same_padding(kernel_size, dilation)
+    return kernel_size, stride, _pair("padding", 0 if padding == "valid" else padding, least=0), dilation
 
 
 def _same_padding(kernel_size: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:
