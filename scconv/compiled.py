@@ -98,17 +98,22 @@ class CompiledSCConv(SCConv):
             return super().forward(x)
         if torch.compiler.is_compiling():
             return fast_scconv(x, *tensors, plan_of(self))
-        with torch.compiler.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS):
-            y = compiled(**self.compiler)(x, *tensors, plan_of(self))
+        y = run_compiled(fast_scconv, self, x, *tensors, plan_of(self))
         if y.requires_grad:
             y.register_hook(_refuse_create_graph)
         return y
 
 
+def run_compiled(function: Callable[..., Tensor], layer: nn.Module, *arguments) -> Tensor:
+    """`function(*arguments)`, compiled as `layer.compiler` says. More graphs than GRAPHS are an error, never eager."""
+    with torch.compiler.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS):
+        return compiled(function, **layer.compiler)(*arguments)
+
+
 @cache
-def compiled(backend: str | Callable, dynamic: bool) -> Callable:
+def compiled(function: Callable[..., Tensor], backend: str | Callable, dynamic: bool) -> Callable[..., Tensor]:
     """One function for all layers, so that equal ones share their code."""
-    return torch.compile(fast_scconv, backend=backend, dynamic=dynamic, fullgraph=True)
+    return torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)
 
 
 def _refuse_create_graph(_: Tensor) -> None:

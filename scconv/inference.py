@@ -6,27 +6,34 @@ and a·Y2, plus c. Only β1 must still come from the means before a, so those of
 """
 
 import copy
+import warnings
+from collections import Counter
 
 import torch
 from torch import Tensor, fx, nn
-from torch.compiler import is_compiling
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from scconv import fused
-from scconv.eager import forward_pass
-from scconv.layers import SCConv
+from scconv.compiled import is_watched, own_tensors, plan_of, prepare, reason_to_leave, rewrite, run_compiled
+from scconv.layers import SCConv, check_input
 
 
 class FoldedSCConv(nn.Module):
-    """An SCConv in evaluation mode and the batch norm behind it, (N, C1, H, W) to (N, C2, H', W'). No gradients."""
+    """An SCConv in evaluation mode and the batch norm behind it, (N, C1, H, W) to (N, C2, H', W').
+
+    Computes in the precision of its weights, under autocast too. It has no gradients: asking for one is an error.
+    """
 
     def __init__(self, scconv: SCConv, norm: nn.BatchNorm2d | None):
         super().__init__()
+        self.in_channels, self.plan = scconv.in_channels, plan_of(scconv)
+        self.compiler = getattr(scconv, "compiler", None)
         dtype = scconv.cru.gwc.weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
         with torch.no_grad():
-            tensors, self.plan = fused.read_layer(scconv.sru, scconv.cru, wide, dtype)
-            scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower = fused.prepare(*tensors)
+            scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower = prepare(
+                *own_tensors(scconv), dtype, wide
+            )
             factor, offset = affine_of(norm) if norm is not None else (torch.ones(len(gwc)), torch.zeros(len(gwc)))
             factor, offset = factor.to(gwc), offset.to(gwc)
             gwc, pwc_up = gwc * factor[:, None, None, None], pwc_up * factor[:, None, None, None]
@@ -40,20 +47,35 @@ class FoldedSCConv(nn.Module):
             self.register_buffer(name, None if tensor is None else tensor.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.gwc.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # the weights' type is the one to compute in
-            return self.compute(x)
-
-    def compute(self, x: Tensor) -> Tensor:
+        check_input(x, self.in_channels)
+        device, compiling = x.device.type, torch.compiler.is_compiling()
+        if x.dtype != self.gwc.dtype and not torch.is_autocast_enabled(device):
+            raise ValueError(f"input of {x.dtype}: must be {self.gwc.dtype}, as the weights are")
+        asked = torch.is_grad_enabled() and x.requires_grad
+        if asked and compiling or not compiling and unpack_dual(x).tangent is not None:
+            raise RuntimeError(NO_GRADIENT)
         tensors = (
             self.scale, self.shift, self.squeeze_up, self.squeeze_low, self.gwc, self.pwc_up, self.bias, self.lower,
         )  # fmt: skip
-        norm, plan = (self.back, self.offset), fused.plan_for(self.plan, x)
-        with torch.no_grad():
-            if is_compiling():
-                return fused.compiled_scconv(x, *tensors, plan, norm=norm)
-            x = x.contiguous(memory_format=plan.memory_format)
-            return forward_pass(x, *tensors, plan, norm=norm)[0]
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            arguments = x.to(self.gwc.dtype), *tensors, self.plan, (self.back, self.offset)
+            y = rewrite(*arguments) if compiling or not self.compiler else run_compiled(rewrite, self, *arguments)
+        return NoGradient.apply(x, y) if asked else y
+
+
+NO_GRADIENT = "FoldedSCConv: has no gradients, take them from the network before fuse_for_inference"
+
+
+class NoGradient(torch.autograd.Function):
+    """y, (N, C2, H', W'), as a function of x whose derivative is an error."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        raise RuntimeError(NO_GRADIENT)
 
 
 def affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -66,49 +88,75 @@ def affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 class Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, SCConv) or super().is_leaf_module(module, name)
+        return isinstance(module, SCConv | FoldedSCConv) or super().is_leaf_module(module, name)
 
 
 def fuse_for_inference(model: nn.Module) -> nn.Module:
     """A copy of `model` in evaluation mode, with batch norms folded into the convolutions and SCConvs before them.
 
-    A batch norm stays where something else reads what it normalises, where its factor is 0 in a channel, or where it
-    has no statistics; an SCConv stays as it is if it is not of the order "scconv" with the fusion "branch". The copy
-    computes the same up to rounding. It is for use, not for training: FoldedSCConv has no gradients.
+    A batch norm stays where something else reads what it normalises, where its factor is 0 in a channel, where it has
+    no statistics, or where it or the convolution has a hook, a second use or a reader of its weights. An SCConv that
+    the rewrite of `compile_scconv` does not cover stays as it is too, and a warning names it with the reason. The copy
+    computes the same up to rounding. It is for use, not for training: its parameters are frozen, and a gradient through
+    a FoldedSCConv raises RuntimeError. For speed, let `compile_scconv` take the model first or compile the copy.
 
     Raises:
         ValueError: torch.fx cannot follow the model's forward, so what stands behind what is not known.
     """
     if isinstance(model, SCConv):  # torch.fx looks into modules, and this one is to stay whole
         return fuse_for_inference(nn.Sequential(model))[0]
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model).eval().requires_grad_(False)
     try:
         graph = Tracer().trace(model)
     except Exception as error:  # whatever the model's own code raises when it meets a proxy
         raise ValueError(f"model={type(model).__name__}: torch.fx cannot trace it ({error})") from error
-    calls = [node.target for node in graph.nodes if node.op == "call_module"]
+    alone = _used_once(model, graph)
+    left = {}
     for node in graph.nodes:
-        if node.op != "call_module" or calls.count(node.target) > 1:
+        layer = model.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(layer, SCConv):
+            reason = _reason_to_leave(layer, node.target in alone)
+            if reason:
+                left[node.target] = reason
+                continue
+        elif type(layer) is not nn.Conv2d or is_watched(layer) or node.target not in alone:
             continue
-        layer = model.get_submodule(node.target)
         norm_node = next(iter(node.users)) if len(node.users) == 1 else None
-        norm = find_norm(model, norm_node, calls)
-        if type(layer) is nn.Conv2d and norm is not None:
-            model.set_submodule(node.target, fuse_conv_bn_eval(layer, norm))
-        elif isinstance(layer, SCConv) and layer.order == "scconv" and layer.cru.fusion == "branch":
+        norm = _find_norm(model, norm_node, alone)
+        if isinstance(layer, SCConv):
             model.set_submodule(node.target, FoldedSCConv(layer, norm).eval())
-        else:
-            continue
+        elif norm is not None:
+            model.set_submodule(node.target, fuse_conv_bn_eval(layer, norm).requires_grad_(False))
         if norm is not None:
             model.set_submodule(norm_node.target, nn.Identity())
+    if left:
+        names = "; ".join(f"{name}: {reason}" for name, reason in left.items())
+        warnings.warn(f"fuse_for_inference left {len(left)} SCConv as they are ({names})", stacklevel=2)
     return model
 
 
-def find_norm(model: nn.Module, node: fx.Node | None, calls: list[str]) -> nn.BatchNorm2d | None:
+def _used_once(model: nn.Module, graph: fx.Graph) -> set[str]:
+    """Names of modules that are called once, have no second name, and whose parameters nothing else reads."""
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    read = [node.target for node in graph.nodes if node.op == "get_attr"]
+    return {
+        name for name, times in calls.items()
+        if times == names[id(model.get_submodule(name))] == 1 and not any(r.startswith(f"{name}.") for r in read)
+    }  # fmt: skip
+
+
+def _reason_to_leave(layer: SCConv, is_alone: bool) -> str | None:
+    if is_watched(layer):
+        return "a hook on it"
+    return reason_to_leave(layer) or (None if is_alone else "it or its weights are used elsewhere too")
+
+
+def _find_norm(model: nn.Module, node: fx.Node | None, alone: set[str]) -> nn.BatchNorm2d | None:
     """The batch norm that `node` calls, if it can be folded."""
-    if node is None or node.op != "call_module" or calls.count(node.target) > 1:
+    if node is None or node.op != "call_module" or node.target not in alone:
         return None
     norm = model.get_submodule(node.target)
-    if type(norm) is not nn.BatchNorm2d or norm.running_var is None or not affine_of(norm)[0].all():
+    if type(norm) is not nn.BatchNorm2d or norm.running_var is None or is_watched(norm):
         return None
-    return norm
+    return norm if affine_of(norm)[0].all() else None

@@ -112,7 +112,7 @@ class SRU(nn.Module):
         return w1, 1 - w1
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_input(x, self.channels)
+        check_input(x, self.channels)
         w1, w2 = self.gate_weights(x)
         x1, x2 = w1.to(x.dtype) * x, w2.to(x.dtype) * x  # (4), 2 × (N, C, H, W)
         x11, x12 = x1.chunk(2, dim=1)  # 2 × (N, C/2, H, W)
@@ -241,7 +241,7 @@ class CRU(nn.Module):
         return beta1, beta2
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_input(x, self.in_channels)
+        check_input(x, self.in_channels)
         y1, y2 = self.transform(x)
         beta1, beta2 = self.fusion_weights(y1, y2)
         return beta1.to(y1.dtype) * y1 + beta2.to(y2.dtype) * y2  # (9), (N, C2, H', W')
@@ -359,7 +359,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 @fx.wrap
-def _check_input(x: Tensor, channels: int) -> None:
+def check_input(x: Tensor, channels: int) -> None:
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"input of shape {tuple(x.shape)}: must be (N, {channels}, H, W)")
     if not x.is_floating_point():
