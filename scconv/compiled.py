@@ -172,7 +172,7 @@ def is_ordinary(x: Tensor, layer: SCConv, tensors: list[Tensor | None]) -> bool:
     tensors = [x, *(t for t in tensors if t is not None)]
     types = {t.dtype for t in tensors}
     lower = torch.is_autocast_enabled(x.device.type) and torch.float64 not in types and x.is_floating_point()
-    if len(types) > 1 and not lower or any(t.device != x.device for t in tensors):
+    if (len(types) > 1 and not lower) or any(t.device != x.device for t in tensors):
         return False  # as for nn.Conv2d an error
     return torch.compiler.is_compiling() or all(map(_is_plain, tensors))
 

@@ -52,7 +52,7 @@ class FoldedSCConv(nn.Module):
         if x.dtype != self.gwc.dtype and not torch.is_autocast_enabled(device):
             raise ValueError(f"input of {x.dtype}: must be {self.gwc.dtype}, as the weights are")
         asked = torch.is_grad_enabled() and x.requires_grad
-        if asked and compiling or not compiling and unpack_dual(x).tangent is not None:
+        if (asked and compiling) or (not compiling and unpack_dual(x).tangent is not None):
             raise RuntimeError(NO_GRADIENT)
         tensors = (
             self.scale, self.shift, self.squeeze_up, self.squeeze_low, self.gwc, self.pwc_up, self.bias, self.lower,

@@ -13,10 +13,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
+from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from scconv import CRU, SRU, SCConv
 from scconv.layers import ORDERS, ChannelError, convert_published_state_dict
+from scconv.models import build_model
 
 ORACLES = Path(__file__).parent / "oracles"
 
@@ -316,7 +320,202 @@ def test_autocast_and_conversion_stay_near_float32(dtype, fusion):
         assert (low.float() - exact).norm() / exact.norm() < 0.03
 
 
+def test_autocast_leaves_float64_alone_as_for_a_convolution():
+    x = randn(1, 8, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, witness = SCConv(8, 8).double()(x), nn.Conv2d(8, 8, 3, padding=1).double()(x)
+    assert found.dtype == witness.dtype == torch.float64
+
+
+# ---- a module among modules: what one does to a part has its effect ----
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_hook_on_any_part_fires(order):
+    layer, seen = SCConv(16, 16, order=order), []
+    for name, part in layer.named_modules():
+        part.register_forward_hook(lambda *_, name=name: seen.append(name))
+    layer(randn(2, 16, 6, 6, dtype=torch.float32))
+    assert sorted(seen) == sorted(name for name, _ in layer.named_modules())
+
+
+CHANGES = {
+    "circular padding": lambda layer: setattr(layer.cru.gwc, "padding_mode", "circular"),
+    "a bias on a squeeze": lambda layer: setattr(layer.cru.squeeze_up, "bias", nn.Parameter(randn(4))),
+    "another convolution": lambda layer: setattr(layer.cru, "pwc_up", nn.Conv2d(4, 16, 3, padding=1).double()),
+    "a hook that doubles": lambda layer: layer.cru.pwc_low.register_forward_hook(lambda *args: 2 * args[-1]),
+    "a hook on the group norm": lambda layer: layer.sru.gn.register_forward_hook(lambda *args: -args[-1]),
+    "gate weights of one's own": lambda layer: setattr(layer.sru, "gate_weights", lambda x: (x * 0 + 1, x * 0)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_part_is_what_computes(change):
+    layer, x = SCConv(16, 16, dtype=torch.float64), randn(2, 16, 6, 6)
+    before = layer(x)
+    change(layer)
+    after = layer(x)
+    assert (after - before).norm() > 0.001 * before.norm()
+    assert_close(after, layer.cru(layer.sru(x)), rtol=0, atol=0)
+
+
+def test_an_ordinary_group_norm_in_place_of_the_weighted_one_is_refused():
+    sru = SRU(8)
+    sru.gn = nn.GroupNorm(4, 8)
+    with pytest.raises(TypeError, match="^gn=GroupNorm: must be a WeightedGroupNorm"):
+        sru(torch.ones(1, 8, 2, 2))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "change", [{"stride": (1, 1)}, {"stride": 3}, {"dilation": (2, 2), "padding": (2, 2)}, {"padding": 0}], ids=str
+)
+def test_geometry_set_later_acts_as_on_a_convolution(order, change):
+    layer, conv = SCConv(16, 16, 3, 2, 1, order=order, dtype=torch.float64), nn.Conv2d(16, 16, 3, 2, 1).double()
+    x = randn(1, 16, 9, 8)
+    for name, value in change.items():
+        setattr(layer, name, value)
+        setattr(conv, name, value)
+    arguments = {"stride": 2, "padding": 1, **change}
+    built = SCConv(16, 16, 3, order=order, dtype=torch.float64, **arguments)
+    built.load_state_dict(layer.state_dict())
+    assert layer(x).shape == conv(x).shape
+    assert_close(layer(x), built(x), rtol=0, atol=0)
+
+
+def test_geometry_set_later_must_make_sense():
+    layer = SCConv(16, 16)
+    with pytest.raises(ValueError, match="^stride=0: must be a whole number of at least 1"):
+        layer.stride = 0
+    with pytest.raises(AttributeError, match="kernel_size"):
+        layer.cru.kernel_size = 5
+    assert (layer.stride, layer.kernel_size) == ((1, 1), (3, 3))
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_padding_by_name_as_for_a_convolution(padding):
+    x = randn(1, 16, 12, 11, dtype=torch.float32)
+    arguments = {"kernel_size": 5, "padding": padding, "dilation": 2}
+    assert SCConv(16, 32, **arguments)(x).shape == nn.Conv2d(16, 32, **arguments)(x).shape
+    with pytest.raises(ValueError, match="padding='same'"):
+        nn.Conv2d(16, 32, 3, 2, "same")
+
+
+# ---- derivatives of every kind ----
+
+ORDINARY = {"convolution": lambda: nn.Conv2d(8, 8, 3, padding=1), "scconv": lambda: SCConv(8, 8, gn_groups=2)}
+each_layer = pytest.mark.parametrize("build", ORDINARY.values(), ids=ORDINARY)
+
+
+def small(build) -> nn.Module:
+    torch.manual_seed(0)
+    return spread_affine(build().double())
+
+
+@each_layer
+def test_second_derivatives(build):
+    layer, x = small(build), randn(1, 8, 2, 3)
+    assert torch.autograd.gradgradcheck(layer, (x.clone().requires_grad_(),))
+
+    def loss(x):
+        return layer(x).square().sum()
+
+    hessian = torch.autograd.functional.hessian(loss, x).view(48, 48)
+    steps = 1e-5 * torch.eye(48, dtype=torch.float64).view(48, *x.shape)
+    jacobian = torch.autograd.functional.jacobian
+    numeric = [(jacobian(loss, x + step) - jacobian(loss, x - step)).flatten() / 2e-5 for step in steps]
+    assert_close(hessian, torch.stack(numeric), rtol=1e-5, atol=1e-6)
+
+
+@each_layer
+def test_jacobians_by_every_means_agree(build):
+    layer, x = small(build), randn(1, 8, 2, 3)
+    rows = torch.autograd.functional.jacobian(layer, x)
+    found = {
+        "vectorised": torch.autograd.functional.jacobian(layer, x, vectorize=True),
+        "forward mode": torch.autograd.functional.jacobian(layer, x, vectorize=True, strategy="forward-mode"),
+        "torch.func, backward": torch.func.jacrev(layer)(x),
+        "torch.func, forward": torch.func.jacfwd(layer)(x),
+    }
+    leaf = x.clone().requires_grad_()
+    directions = torch.eye(48, dtype=torch.float64).view(48, *x.shape)
+    found["batched"] = torch.autograd.grad(layer(leaf), leaf, directions, is_grads_batched=True)[0].view_as(rows)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, directions[5]))).tangent
+    assert_close(tangent, rows[..., 0, 5 // 6, 5 % 6 // 3, 5 % 3], rtol=1e-10, atol=1e-12)
+    for name, jacobian in found.items():
+        assert_close(jacobian, rows, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@each_layer
+def test_transforms_of_torch_func_compile(build):
+    layer, x = small(build), randn(3, 8, 4, 4)
+    loss = lambda x: layer(x).square().sum()  # noqa: E731
+    torch.compiler.reset()
+    for function in (torch.func.grad(loss), torch.func.vmap(lambda image: layer(image[None])[0])):
+        assert_close(torch.compile(function, backend="eager")(x), function(x))
+
+
+def test_each_parameter_acts_inside_its_own_modules_call():
+    """So tools that see a leaf's input and output alone find its gradient, per sample too, as Opacus does."""
+    layer, x = small(lambda: SCConv(8, 8, gn_groups=2, bias=True)), randn(3, 8, 4, 4)
+    leaves = {name: module for name, module in layer.named_modules() if list(module.parameters(recurse=False))}
+    calls = {}
+    hooks = [
+        module.register_forward_hook(lambda _, args, y, name=name: calls.update({name: (args[0].detach(), y)}))
+        for name, module in leaves.items()
+    ]
+    outputs = torch.autograd.grad(layer(x).square().sum(), [y for _, y in calls.values()])
+    gradients = dict(zip(calls, outputs, strict=True))
+    for hook in hooks:
+        hook.remove()
+    for i in range(3):  # what each image alone gives
+        layer.zero_grad()
+        layer(x[i : i + 1]).square().sum().backward()
+        for name, module in leaves.items():
+            own, image = dict(module.named_parameters()), slice(i, i + 1)
+            _, backward = torch.func.vjp(
+                lambda own, m=module, n=name, i=image: torch.func.functional_call(m, own, (calls[n][0][i],)), own
+            )
+            for key, gradient in backward(gradients[name][image])[0].items():
+                assert_close(gradient, own[key].grad, rtol=1e-9, atol=1e-10, msg=f"{name}.{key}")
+
+
+@each_layer
+def test_trains_with_each_leaf_sharded(build, tmp_path):
+    layer, x = small(build), randn(2, 8, 4, 4)
+    expected = copy.deepcopy(layer)
+    expected(x).square().sum().backward()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for module in [module for module in layer.modules() if list(module.parameters(recurse=False))]:
+            fully_shard(module, mesh=mesh)
+        layer(x).square().sum().backward()
+        found = {name: parameter.grad.full_tensor() for name, parameter in layer.named_parameters()}
+    finally:
+        dist.destroy_process_group()
+    for name, parameter in expected.named_parameters():
+        assert_close(found[name], parameter.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
 # ---- where it has to run ----
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_torch_fx_traces_it(order):
+    layer, x = SCConv(16, 16, stride=2, order=order), randn(2, 16, 7, 7, dtype=torch.float32)
+    traced = torch.fx.symbolic_trace(nn.Sequential(layer))
+    assert_close(traced(x), layer(x), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"must be \(N, 16, H, W\)"):  # the graph still checks its input
+        traced(x[:, :8])
+
+
+def test_features_of_a_network_can_be_extracted():
+    model, x = build_model("scconv_resnet20").eval(), randn(2, 3, 16, 16, dtype=torch.float32)
+    features = create_feature_extractor(model, {"layer2": "a"})(x)["a"]
+    expected = model.layer2(model.layer1(model.relu(model.bn1(model.conv1(x)))))
+    assert_close(features, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -338,6 +537,26 @@ def test_exports_with_a_free_batch_size(memory_format):
     program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=1, max=64)},))
     other = randn(5, 16, 7, 7, seed=3, dtype=torch.float32).to(memory_format=memory_format)
     assert_close(program.module()(other), layer(other))
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"padding": 2}, {"order": "parallel"}], ids=str)
+def test_exports_with_free_height_and_width(options):
+    layer = SCConv(16, 16, **options)
+    size = {2: torch.export.Dim("height", min=8, max=64), 3: torch.export.Dim("width", min=8, max=64)}
+    program = torch.export.export(layer, (randn(2, 16, 12, 14, dtype=torch.float32),), dynamic_shapes=(size,))
+    for height, width in ((16, 16), (11, 9), (12, 31)):
+        x = randn(2, 16, height, width, dtype=torch.float32)
+        assert_close(program.module()(x), layer(x))
+
+
+def test_what_was_exported_trains_as_the_layer_does():
+    layer, x = spread_affine(SCConv(8, 8, dtype=torch.float64)), randn(2, 8, 4, 4)
+    exported = torch.export.export(layer, (x,)).module()
+    for module in (layer, exported):
+        module(x).square().sum().backward()
+    found = {name: parameter.grad for name, parameter in exported.named_parameters()}
+    for name, parameter in layer.named_parameters():
+        assert_close(found[name], parameter.grad, msg=name)
 
 
 def test_channels_last_in_channels_last_out():
@@ -400,6 +619,10 @@ def test_carries_a_convolutions_attributes():
         (lambda: SCConv(16, 16, padding=-1), "padding=-1: must be a whole number of at least 0"),
         (lambda: SCConv(16, 16)(torch.zeros(1, 8, 4, 4)), r"input of shape \(1, 8, 4, 4\): must be \(N, 16, H, W\)"),
         (lambda: CRU(16, 16)(torch.zeros(16, 4, 4)), r"input of shape \(16, 4, 4\): must be \(N, 16, H, W\)"),
+        (lambda: SCConv(16, 16, stride=2, padding="same"), "padding='same': needs stride=1, as for nn.Conv2d"),
+        (lambda: SCConv(16, 16, padding="full"), "padding='full': must be a whole number of at least 0, or a pair"),
+        (lambda: SRU(8)(torch.ones(1, 8, 2, 2, dtype=torch.uint8)), "input of torch.uint8: must be floating point"),
+        (lambda: SCConv(8, 8)(torch.ones(1, 8, 2, 2, dtype=torch.int64)), "input of torch.int64: must be floating"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named_in_one_line(build, message):
