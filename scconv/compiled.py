@@ -1,7 +1,7 @@
 """SCConv for speed: `compile_scconv(model)` hands a compiler an exact rewrite of Eq. (1)-(9), in place.
 
-Operator by operator, SCConv spends most of its time moving tensors: `layers.py` moves 52 activation tensors in a forward
-pass where a 3×3 convolution moves 2. The rewrite has the same parameters, and the same values and gradients up to
+Operator by operator, SCConv spends most of its time moving tensors: `layers.py` moves 52 activation tensors in a
+forward pass where a 3×3 convolution moves 2. The rewrite has the same parameters, and the same values and gradients up to
 rounding. It moves less, because:
 
 1. The gate is a group norm: W_γ · GN(X) is GN with the affine (W_γ γ, W_γ β), and σ(z) > t is z > log(t / (1 - t)).
@@ -32,13 +32,15 @@ from scconv.layers import CRU, SRU, SCConv, WeightedGroupNorm
 from scconv.surgery import Surgery
 
 GRAPHS = 256  # for all layers of a process. Dynamo stops at 8 a function by default; ResNet-50 alone needs 14.
-METHODS = {
-    SRU: ("forward", "gate_logits", "gate_weights"),
-    CRU: ("forward", "at_kernel_centre", "transform", "fusion_weights"),
-    WeightedGroupNorm: ("forward",),
-    nn.Conv2d: ("forward", "_conv_forward"),
+METHODS = {  # what each part computes, as it was when this module was imported
+    kind: {name: getattr(kind, name) for name in names}
+    for kind, names in {
+        SRU: ("forward", "gate_logits", "gate_weights"),
+        CRU: ("forward", "at_kernel_centre", "transform", "fusion_weights"),
+        WeightedGroupNorm: ("forward",),
+        nn.Conv2d: ("forward", "_conv_forward"),
+    }.items()
 }
-TEXT = [(kind, name, getattr(kind, name)) for kind, names in METHODS.items() for name in names]
 
 
 # ---- the door ------------------------------------------------------------------------------------------------------
@@ -93,12 +95,12 @@ class CompiledSCConv(SCConv):
     """An `SCConv` that runs as compiled code wherever this computes the same. `compile_scconv` makes it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        tensors = own_tensors(self)
-        if reason_to_leave(self) or not is_ordinary(x, self, tensors):
+        if reason_to_leave(self) or not is_ordinary(x, self):
             return super().forward(x)
+        arguments = x, *own_tensors(self), plan_of(self)
         if torch.compiler.is_compiling():
-            return fast_scconv(x, *tensors, plan_of(self))
-        y = run_compiled(fast_scconv, self, x, *tensors, plan_of(self))
+            return fast_scconv(*arguments)
+        y = run_compiled(fast_scconv, self, *arguments)
         if y.requires_grad:
             y.register_hook(_refuse_create_graph)
         return y
@@ -130,46 +132,43 @@ def reason_to_leave(layer: SCConv) -> str | None:
     sru, cru = layer.sru, layer.cru
     if cru.fusion != "branch":
         return f"fusion={cru.fusion!r}, must be 'branch': the rewrite uses that β1 + β2 = 1"
+    parts = {"sru": sru, "gn": sru.gn, "cru": cru, "gwc": cru.gwc}
     pointwise = {"squeeze_up": cru.squeeze_up, "squeeze_low": cru.squeeze_low, "pwc_up": cru.pwc_up}
     if cru.pwc_low is not None:
         pointwise["pwc_low"] = cru.pwc_low
-    parts = {"sru": (sru, SRU), "gn": (sru.gn, WeightedGroupNorm), "cru": (cru, CRU), "gwc": (cru.gwc, nn.Conv2d)}
-    for name, conv in pointwise.items():
-        parts[name] = conv, nn.Conv2d
-    for name, (part, kind) in parts.items():
-        if type(part) is not kind:
-            return f"{name} is a {type(part).__name__}, not a {kind.__name__}"
+    for name, part in (parts | pointwise).items():  # in a loop of its own, or Dynamo would not guard all of it
         if is_watched(part):
             return f"a hook on {name}"
-        for method in METHODS[kind]:
-            if method in part.__dict__:
-                return f"{method} of {name} is overridden"
-    for conv in pointwise.values():
+    kinds = {"sru": SRU, "gn": WeightedGroupNorm, "cru": CRU}
+    for name, part in (parts | pointwise).items():
+        kind = kinds.get(name, nn.Conv2d)
+        if type(part) is not kind:
+            return f"{name} is a {type(part).__name__}, not a {kind.__name__}"
+        for method, text in METHODS[kind].items():
+            if getattr(getattr(part, method), "__func__", None) is not text:
+                return f"{method} of {name} is not the package's"
+    for name, conv in pointwise.items():
         if (conv.stride, conv.padding, conv.groups, conv.padding_mode, conv.bias) != ((1, 1), (0, 0), 1, "zeros", None):
-            return "a 1×1 convolution is not as it was built"
+            return f"{name} is not the 1×1 convolution that was built"
     if cru.gwc.padding_mode != "zeros":
-        return f"padding_mode={cru.gwc.padding_mode!r} of gwc"
-    for kind, method, original in TEXT:
-        if getattr(kind, method) is not original:
-            return f"{kind.__name__}.{method} is overridden"
+        return f"padding_mode={cru.gwc.padding_mode!r} of gwc, must be 'zeros'"
     return None
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a hook waits for this module, or any module, to run. PyTorch has no public way to ask."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or nn.modules.module._has_any_global_hook()
-    )  # fmt: skip
+    """Whether a hook waits for this module, or for any, to run. PyTorch has no public way to ask."""
+    names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    hooks = module.__dict__  # not the attributes, whose later changes Dynamo would not notice
+    return any(len(hooks[name]) > 0 for name in names) or bool(nn.modules.module._has_any_global_hook())
 
 
-def is_ordinary(x: Tensor, layer: SCConv, tensors: list[Tensor | None]) -> bool:
+def is_ordinary(x: Tensor, layer: SCConv) -> bool:
     """Whether x suits the layer, and all are tensors of numbers that compiled code can read."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
         return False
     if x.ndim != 4 or not x.shape[1] == layer.sru.channels == layer.cru.in_channels or not x.numel() or x.is_meta:
         return False
-    tensors = [x, *(t for t in tensors if t is not None)]
+    tensors = [x, *(t for t in own_tensors(layer) if t is not None)]
     types = {t.dtype for t in tensors}
     lower = torch.is_autocast_enabled(x.device.type) and torch.float64 not in types and x.is_floating_point()
     if (len(types) > 1 and not lower) or any(t.device != x.device for t in tensors):
@@ -380,8 +379,8 @@ def squeezed(
 
 
 class GroupedConvolution(torch.autograd.Function):
-    """The k×k convolution, with one call for each gradient: the one with respect to X_up needs no X_up, so that it does not
-    wait until X_up is recomputed."""
+    """The k×k convolution, with one call for each gradient, so that the one with respect to X_up, which needs no X_up,
+    does not wait until that is recomputed."""
 
     @staticmethod
     def forward(ctx, x_up, weight, bias, plan):

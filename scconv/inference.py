@@ -31,9 +31,7 @@ class FoldedSCConv(nn.Module):
         dtype = scconv.cru.gwc.weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
         with torch.no_grad():
-            scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower = prepare(
-                *own_tensors(scconv), dtype, wide
-            )
+            scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower = prepare(*own_tensors(scconv), dtype, wide)
             factor, offset = affine_of(norm) if norm is not None else (torch.ones(len(gwc)), torch.zeros(len(gwc)))
             factor, offset = factor.to(gwc), offset.to(gwc)
             gwc, pwc_up = gwc * factor[:, None, None, None], pwc_up * factor[:, None, None, None]

@@ -362,7 +362,7 @@ def test_a_changed_part_is_what_computes(change):
 def test_an_ordinary_group_norm_in_place_of_the_weighted_one_is_refused():
     sru = SRU(8)
     sru.gn = nn.GroupNorm(4, 8)
-    with pytest.raises(TypeError, match="^gn=GroupNorm: must be a WeightedGroupNorm"):
+    with pytest.raises(TypeError, match=r"^gn=GroupNorm: must be a WeightedGroupNorm"):
         sru(torch.ones(1, 8, 2, 2))
 
 
@@ -385,7 +385,7 @@ def test_geometry_set_later_acts_as_on_a_convolution(order, change):
 
 def test_geometry_set_later_must_make_sense():
     layer = SCConv(16, 16)
-    with pytest.raises(ValueError, match="^stride=0: must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match=r"^stride=0: must be a whole number of at least 1"):
         layer.stride = 0
     with pytest.raises(AttributeError, match="kernel_size"):
         layer.cru.kernel_size = 5
