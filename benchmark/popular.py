@@ -25,7 +25,7 @@ def reconstruct(sru: SRU, x: Tensor) -> Tensor:
     """Eq. (1)-(4)."""
     gamma = sru.gn.weight
     w_gamma = (gamma / sum(gamma)).view(1, -1, 1, 1)  # Python's sum: one operator a channel
-    weight = torch.sigmoid(sru.gn(x) * w_gamma)
+    weight = torch.sigmoid(nn.GroupNorm.forward(sru.gn, x) * w_gamma)  # GN alone, in x's precision
     w1 = torch.where(weight > sru.gate_threshold, torch.ones_like(weight), weight)
     w2 = torch.where(weight > sru.gate_threshold, torch.zeros_like(weight), weight)
     x1, x2 = w1 * x, w2 * x
@@ -38,8 +38,8 @@ def transform_and_fuse(cru: CRU, x: Tensor) -> Tensor:
     """Eq. (5)-(9), with one soft-max over the 2·C2 pooled values."""
     up, low = torch.split(x, [cru.up_channels, cru.low_channels], dim=1)
     up = cru.squeeze_up(up)
-    low = cru.squeeze_low(low if cru.stride == (1, 1) else low[:, :, :: cru.stride[0], :: cru.stride[1]])
-    y1 = cru.gwc(up) + cru.pwc_up(up)
+    low = cru.squeeze_low(cru.at_kernel_centre(low))
+    y1 = cru.gwc(up) + cru.pwc_up(cru.at_kernel_centre(up))
     y2 = low if cru.pwc_low is None else torch.cat([cru.pwc_low(low), low], dim=1)
     both = torch.cat([y1, y2], dim=1)
     both = torch.softmax(F.adaptive_avg_pool2d(both, 1), dim=1) * both

@@ -8,15 +8,15 @@ The forms take turns in one process, in each round from another one on. A turn b
 ratio is taken within a round, so a slow moment of the machine hits both. The table shows medians; the file that is
 written also has the quartiles.
 
-    3x3      nn.Conv2d without a bias; in the network: torchvision's ResNet-50
-    popular  the popular implementation's order of operations (popular.py)
-    plain    the text of scconv/layers.py, operator by operator
-    scconv   what runs when nothing is said; on CUDA with the SRU in Triton
-    stock    the same without Triton, on CUDA
-    floor    the network without the 3×3s that keep the width: nothing, or an average pool of their stride, instead
+    3x3            nn.Conv2d without a bias; in the network: torchvision's ResNet-50
+    popular        the popular implementation's order of operations (popular.py)
+    plain          SCConv as it is: the text of scconv/layers.py, operator by operator
+    scconv+layers  after compile_scconv: SCConv compiled, the rest of the network operator by operator
+    floor          the network without the 3×3s that keep the width: nothing in their place, or an average pool
 
-A form with "+compile" is the same under torch.compile. One with "+folded" has its batch norms folded into the layers
-before them, by scconv.inference; that is for inference in a network.
+"+compile" is the same under torch.compile. "scconv+compile" of a layer is compile_scconv; of a network it is
+compile_scconv and torch.compile around all of it, which takes the layers into its graph. "+folded" has batch norms
+folded into the layers before them, by fuse_for_inference. The file says which form is what, in "forms".
 """
 
 import argparse
@@ -27,8 +27,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,7 +39,8 @@ from counts import Traffic, saved_bytes
 from popular import PopularSCConv, make_popular
 from torch import Tensor, nn
 
-from scconv import SCConv, fused
+from scconv import SCConv, compile_scconv
+from scconv.compiled import CompiledSCConv
 from scconv.files import atomic_file, checksum
 from scconv.inference import fuse_for_inference
 from scconv.models import build_model
@@ -48,12 +49,22 @@ from scconv.training.provenance import device_name, find_commit
 
 SHAPES = ["64,32,32", "128,16,32", "256,8,32", "512,4,32", "64,56,8", "128,28,8", "256,14,8", "512,7,8"]
 BASE = "3x3"
+COMPILED = ("+compile", "+layers")
 FORMS = {
-    "layer": [BASE, "popular", "plain", "scconv", "popular+compile", "plain+compile", "scconv+compile"],
-    "network": [BASE, "floor", "popular", "plain", "scconv"]
-    + [f"{form}+compile" for form in (BASE, "floor", "popular", "plain", "scconv")]
-    + [f"{form}+folded{compiled}" for compiled in ("", "+compile") for form in (BASE, "scconv")],
-}
+    "layer": {
+        BASE: "nn.Conv2d", "popular": "the popular order, eager", "plain": "SCConv, eager",
+        "popular+compile": "the popular order, torch.compile", "plain+compile": "SCConv, torch.compile",
+        "scconv+compile": "SCConv, compile_scconv",
+    },
+    "network": {
+        BASE: "3×3s, eager", "floor": "no 3×3s, eager", "popular": "the popular order, eager", "plain": "SCConv, eager",
+        "scconv+layers": "SCConv, compile_scconv in an eager network", "3x3+compile": "3×3s, torch.compile",
+        "floor+compile": "no 3×3s, torch.compile", "popular+compile": "the popular order, torch.compile",
+        "plain+compile": "SCConv, torch.compile", "scconv+compile": "SCConv, compile_scconv and torch.compile",
+        "3x3+folded": "3×3s, fuse_for_inference", "3x3+folded+compile": "3×3s, fuse_for_inference and torch.compile",
+        "scconv+folded+compile": "SCConv, fuse_for_inference and torch.compile",
+    },
+}  # fmt: skip
 FORMS["memory"] = FORMS["layer"]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # With glibc's defaults freed memory goes back to the system, and page faults on the next use drown what is measured.
@@ -77,7 +88,7 @@ def build_network(form: str, channels: int, arguments: argparse.Namespace) -> nn
     common = {"num_classes": 100, "small_images": True}
     if kind == "popular":
         return make_popular(build_model(arguments.network, **common, fusion="global", bias=True))
-    if kind in ("plain", "scconv", "stock"):
+    if kind in ("plain", "scconv"):
         return build_model(arguments.network, **common)
     model = build_model(arguments.network.removeprefix("scconv_"), **common)
     if kind == "floor":
@@ -95,12 +106,16 @@ def prepare(build: Callable, form: str, channels: int, memory_format: str, argum
     module = module.to(arguments.device, dtype_of(arguments))
     module = fuse_for_inference(module) if "+folded" in form else module
     call = module.to(memory_format=FORMATS[memory_format])
-    if form.endswith("+compile"):  # a graph break in ours is an error, not a slow result
-        ours = form.startswith(("plain", "scconv"))
+    if form in ("scconv+layers", "scconv+compile"):
+        left = compile_scconv(module).left
+        assert not left, left
+    if form.endswith("+compile") and not isinstance(module, CompiledSCConv):
+        ours = form.startswith(("plain", "scconv"))  # a graph break in ours is an error, not a slow result
         call = torch.compile(module, dynamic=False, fullgraph=ours, mode=arguments.compile_mode)
+    lower = arguments.what == "network" and arguments.dtype != "float32"
 
     def under_conditions(x: Tensor) -> Tensor:
-        with conditions(form, arguments):
+        with torch.autocast(arguments.device, getattr(torch, arguments.dtype)) if lower else nullcontext():
             return call(x)
 
     return module, under_conditions
@@ -109,19 +124,6 @@ def prepare(build: Callable, form: str, channels: int, memory_format: str, argum
 def dtype_of(arguments: argparse.Namespace) -> torch.dtype:
     """Of weights and input. A network in bfloat16 keeps them in float32, and runs under autocast."""
     return torch.float32 if arguments.what == "network" else getattr(torch, arguments.dtype)
-
-
-@contextmanager
-def conditions(form: str, arguments: argparse.Namespace) -> Iterator[None]:
-    lower = arguments.what == "network" and arguments.dtype != "float32"
-    autocast = torch.autocast(arguments.device, getattr(torch, arguments.dtype)) if lower else nullcontext()
-    path = nullcontext()
-    if form.startswith("plain"):
-        path = fused.plain()
-    elif form == "stock":
-        path = fused.stock_operators()
-    with autocast, path:
-        yield
 
 
 def random_input(shape: tuple[int, ...], memory_format: str, arguments: argparse.Namespace) -> Tensor:
@@ -241,7 +243,7 @@ def count(shape: tuple[int, ...], arguments: argparse.Namespace):
         run = layer_call(call, module, x, backward=True)
         saved = saved_bytes(call, x.detach().requires_grad_(), module.parameters())
         row = {"shape": list(shape), "memory_format": memory_format, "form": form, "saved_units": saved / x.nbytes}
-        if not form.endswith("+compile"):
+        if not form.endswith(COMPILED):
             for direction, what in (("forward", layer_call(call, module, x, backward=False)), ("training", run)):
                 with Traffic() as traffic:
                     what()
@@ -272,8 +274,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS / "benchmark", help="a folder, or a file's name in .json")
     arguments = parser.parse_args(argv)
     what, quick = arguments.what, arguments.quick
-    known = FORMS[what] + ["stock"] * (arguments.device == "cuda")
-    arguments.forms = arguments.forms or [form for form in known if not (quick and form.endswith("+compile"))]
+    known = list(FORMS[what])
+    arguments.forms = arguments.forms or [form for form in known if not (quick and form.endswith(COMPILED))]
     if BASE not in arguments.forms or not set(arguments.forms) <= set(known):
         parser.error(f"--forms {' '.join(arguments.forms)}: must be {BASE} and some of {', '.join(known[1:])}")
     formats = ["channels_last"] if what == "network" else ["contiguous"] if what == "memory" else list(FORMATS)
@@ -321,7 +323,7 @@ def main() -> None:
     arguments = parse()
     restart_with_settings(arguments.threads)
     torch.set_num_threads(arguments.threads)
-    torch._dynamo.config.recompile_limit = 64  # all forms share the text of one forward
+    torch.compiler.config.recompile_limit = 64  # all forms share the text of one forward
     torch.backends.cudnn.benchmark = True
     start, shapes = time.monotonic(), shapes_of(arguments)
     if arguments.what == "memory":
@@ -333,6 +335,7 @@ def main() -> None:
     settings = {key: value for key, value in vars(arguments).items() if key not in ("what", "out")}
     content = {
         "what": arguments.what,
+        "forms": {form: FORMS[arguments.what][form] for form in arguments.forms},
         "rows": rows,
         "settings": settings,
         "training": "forward and backward" + ", cross-entropy included, no optimiser" * (arguments.what == "network"),

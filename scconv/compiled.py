@@ -1,7 +1,7 @@
 """SCConv for speed: `compile_scconv(model)` hands a compiler an exact rewrite of Eq. (1)-(9), in place.
 
-Operator by operator, SCConv spends most of its time moving tensors: `layers.py` moves 52 activation tensors in a
-forward pass where a 3×3 convolution moves 2. The rewrite has the same parameters, and the same values and gradients up to
+Operator by operator, SCConv spends most of its time moving tensors: `layers.py` reads or writes 42 activation tensors in
+a forward pass, a 3×3 convolution 2. The rewrite has the same parameters, and the same values and gradients up to
 rounding. It moves less, because:
 
 1. The gate is a group norm: W_γ · GN(X) is GN with the affine (W_γ γ, W_γ β), and σ(z) > t is z > log(t / (1 - t)).
