@@ -1,7 +1,7 @@
 """SCConv for speed: `compile_scconv(model)` hands a compiler an exact rewrite of Eq. (1)-(9), in place.
 
-Operator by operator, SCConv spends most of its time moving tensors: `layers.py` reads or writes 42 activation tensors in
-a forward pass, a 3×3 convolution 2. The rewrite has the same parameters, and the same values and gradients up to
+Operator by operator, SCConv spends most of its time moving tensors: `layers.py` reads or writes 42 activation tensors
+in a forward pass, a 3×3 convolution 2. The rewrite has the same parameters, and the same values and gradients up to
 rounding. It moves less, because:
 
 1. The gate is a group norm: W_γ · GN(X) is GN with the affine (W_γ γ, W_γ β), and σ(z) > t is z > log(t / (1 - t)).
@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache
+from types import MethodType
 from typing import NamedTuple
 
 import torch
@@ -145,7 +146,9 @@ def reason_to_leave(layer: SCConv) -> str | None:
         if type(part) is not kind:
             return f"{name} is a {type(part).__name__}, not a {kind.__name__}"
         for method, text in METHODS[kind].items():
-            if getattr(getattr(part, method), "__func__", None) is not text:
+            # Dynamo notices a later change by looking at the bound method, and not by looking into __dict__.
+            own = type(getattr(part, method)) is not MethodType or method in part.__dict__
+            if own or getattr(kind, method) is not text:
                 return f"{method} of {name} is not the package's"
     for name, conv in pointwise.items():
         if (conv.stride, conv.padding, conv.groups, conv.padding_mode, conv.bias) != ((1, 1), (0, 0), 1, "zeros", None):
