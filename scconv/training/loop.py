@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from scconv.compiled import compile_scconv
 from scconv.complexity import count_macs, count_params
 from scconv.data import ImageData, derive_seed, shrink, train_batches
 from scconv.training.checkpoint import (
@@ -57,6 +58,8 @@ def execute_run(run: Run, *, progress: bool = True) -> dict:
     model = run.build_model()
     size = run.data.image_size
     counts = {"params": count_params(model), "macs": count_macs(model, (1, 3, size, size))}
+    if options.compile:
+        compile_scconv(model)  # inside the network, which Accelerate compiles as a whole
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if accelerator.num_processes > 1:
