@@ -6,7 +6,6 @@ Most tests run the rewrite operator by operator, or through a backend that takes
 import copy
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 
@@ -280,7 +279,7 @@ def test_a_type_that_a_convolution_would_refuse_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="Inductor needs a C++ compiler")
+@pytest.mark.requires_compiler
 @pytest.mark.parametrize(
     ("out_channels", "options"), [(16, {}), (32, {"stride": 2, "alpha": 0.75, "gate": "hard", "bias": True})], ids=str
 )
@@ -294,7 +293,7 @@ def test_inductor_equals_the_text(out_channels, options, calls):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="Inductor needs a C++ compiler")
+@pytest.mark.requires_compiler
 def test_inductor_in_bfloat16_stays_near_the_text():
     """And as near to float64 as the text itself in bfloat16, within a half."""
     layer, x = build(32, 32).float(), randn(4, 32, 8, 8).float()

@@ -68,9 +68,6 @@ def run_with_torch_alone(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, cwd=ROOT)
 
 
-@pytest.mark.xfail(
-    importlib.util.find_spec("scconv.eager") is not None, reason="numpy, until eager.py has gone", strict=True
-)
 def test_the_layer_needs_torch_alone():
     done = run_with_torch_alone(USE)
     assert done.returncode == 0, done.stderr
