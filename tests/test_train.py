@@ -168,8 +168,11 @@ def test_compiled_training_falls_back_to_eager_at_no_size(larger_digits, tmp_pat
     compile_model = torch.compile
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", compile_counted)
-    train("scconv_resnet20", larger_digits, GROWING, 0, tmp_path, limit_train_batches=2, compile=True, progress=False)
+    result = train(
+        "scconv_resnet20", larger_digits, GROWING, 0, tmp_path, limit_train_batches=2, compile=True, progress=False
+    )
     torch.compiler.reset()
+    assert (result["scconv_layers"], result["scconv_layers_compiled"]) == (18, 18)
     images = sorted(shape for shapes in graphs for shape in shapes if shape[2:] != (3, 3))  # nor the stem's weight
     assert images == [(32, 3, 8, 8), (32, 3, 12, 12), (32, 3, 16, 16), (larger_digits.num_test, 3, 16, 16)]
     assert len(graphs) == 4
@@ -261,6 +264,7 @@ def test_the_result_says_how_it_was_made(finished, digits):
     assert result["images_per_second"] == pytest.approx(speed)
     assert result["peak_memory_mib"] > 50
     assert result["device"]["kind"] == "cpu"
+    assert (result["scconv_layers"], result["scconv_layers_compiled"]) == (0, 0)
     assert [row["image_size"] for row in result["history"]] == [8, 8]
     assert set(result["versions"]) == {"python", "torch", "torchvision", "accelerate", "scconv", "platform"}
 

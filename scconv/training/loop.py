@@ -17,6 +17,7 @@ from tqdm import tqdm
 from scconv.compiled import compile_scconv
 from scconv.complexity import count_macs, count_params
 from scconv.data import ImageData, derive_seed, shrink, train_batches
+from scconv.layers import SCConv
 from scconv.training.checkpoint import (
     EpochSoFar,
     RunState,
@@ -58,8 +59,9 @@ def execute_run(run: Run, *, progress: bool = True) -> dict:
     model = run.build_model()
     size = run.data.image_size
     counts = {"params": count_params(model), "macs": count_macs(model, (1, 3, size, size))}
-    if options.compile:
-        compile_scconv(model)  # inside the network, which Accelerate compiles as a whole
+    counts["scconv_layers"] = sum(isinstance(module, SCConv) for module in model.modules())
+    # Their compiled form lies within the network, which Accelerate compiles as a whole.
+    counts["scconv_layers_compiled"] = len(compile_scconv(model).replaced) if options.compile else 0
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if accelerator.num_processes > 1:

@@ -91,7 +91,6 @@ def describe_run(run: Run, history: list[dict], counts: dict, device: torch.devi
         "device": {"kind": device.type, "name": device_name(device), "threads": torch.get_num_threads()},
         "precision": options.precision,
         "compile": options.compile,
-        "scconv_form": "compile_scconv" if options.compile else "plain",  # what ran where the network has an SCConv
         "channels_last": options.channels_last,
         "commit": find_commit(),
         "tree": find_tree(),
