@@ -385,7 +385,7 @@ def test_what_changes_after_the_swap_has_its_effect(change, whole):
         pytest.skip("Dynamo then misses hooks that a module of a compiled network gets later, whatever the module")
     change = (CHANGES | READ)[change]
     layer, x = build(8, 8), randn(2, 8, 6, 6)
-    quick = fast(layer)
+    quick = fast(layer, backend="eager")
     called = torch.compile(quick, backend="eager") if whole else quick  # may break the graph, as a hook does
     before = run(called, quick, x)
     for either in (layer, quick):

@@ -63,9 +63,9 @@ def test_macs_of_the_appended_resnet34():
 
 @pytest.mark.parametrize("name", ["scconv_resnet20", "densenet121"])
 def test_agrees_with_torchinfo(name):
-    # torchinfo adds the parameters of batch norms and the biases of linear layers, once for each image
+    # torchinfo adds the parameters of norms and the biases of linear layers, once for each image
     model = build_model(name, 10, small_images=True)
-    extras = sum(count_params(m) for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    extras = sum(count_params(m) for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm))
     extras += sum(m.bias.numel() for m in model.modules() if isinstance(m, nn.Linear))
     summary = torchinfo.summary(model, (1, 3, 32, 32), verbose=0)
     assert count_params(model) == summary.total_params

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
-from scconv import SCConv
+from scconv import SRU, SCConv, compile_scconv
 from scconv.inference import FoldedSCConv, fuse_for_inference
 from scconv.models import build_model
 
@@ -108,8 +109,108 @@ def test_a_norm_whose_input_is_read_elsewhere_stays():
 
 def test_other_orders_and_fusions_stay():
     model = with_a_past(nn.Sequential(SCConv(8, 8, order="cru_sru"), SCConv(8, 8, fusion="global"), nn.BatchNorm2d(8)))
-    fused = fuse_for_inference(copy.deepcopy(model))
+    with pytest.warns(UserWarning, match=r"left 2 SCConv as they are \(0: order='cru_sru'.*; 1: fusion='global'"):
+        fused = fuse_for_inference(copy.deepcopy(model))
     assert [type(module) for module in fused] == [SCConv, SCConv, nn.BatchNorm2d]
+
+
+# ---- what is not the plain layer is left as it is, and named ----
+
+
+class Mine(SCConv):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class MyGate(SRU):
+    def gate_weights(self, x):
+        return torch.ones_like(x), torch.zeros_like(x)
+
+
+CHANGES = {
+    "a subclass": lambda model: setattr(model, "0", Mine(8, 8).double()),
+    "a unit of another class": lambda model: setattr(model[0], "sru", MyGate(8).double()),
+    "a hook on the layer": lambda model: model[0].register_forward_hook(lambda *args: 2 * args[-1]),
+    "a hook on a part": lambda model: model[0].cru.gwc.register_forward_hook(lambda *args: 2 * args[-1]),
+    "circular padding": lambda model: setattr(model[0].cru.gwc, "padding_mode", "circular"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_layer_is_left_and_named(change):
+    model = with_a_past(nn.Sequential(SCConv(8, 8), nn.BatchNorm2d(8), nn.ReLU(), SCConv(8, 8)))
+    change(model)
+    with pytest.warns(UserWarning, match=r"^fuse_for_inference left 1 SCConv as they are \(0: .*\)$"):
+        fused = fuse_for_inference(model)
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    assert_close(fused(x), model(x), rtol=1e-10, atol=1e-10)
+    assert type(fused[3]) is FoldedSCConv
+
+
+class Reader(nn.Module):
+    """Something else reads the first convolution's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + self.conv.weight.sum()
+
+
+def hooked() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+    model[0].register_forward_hook(lambda *args: 2 * args[-1])
+    return model
+
+
+@pytest.mark.parametrize("build", [Reader, hooked])
+def test_a_convolution_that_is_watched_or_read_elsewhere_stays(build):
+    model, x = with_a_past(build()), torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    assert_close(fuse_for_inference(model)(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+# ---- it is for use alone ----
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["gradient of the input", "gradient of a parameter"])
+def test_a_gradient_through_it_is_refused(frozen):
+    model = with_a_past(nn.Sequential(nn.Conv2d(8, 8, 1), SCConv(8, 8), nn.BatchNorm2d(8)))
+    fused, x = fuse_for_inference(model), torch.randn(1, 8, 4, 4, dtype=torch.float64)
+    assert not any(parameter.requires_grad for parameter in fused.parameters())
+    y = fused(x.requires_grad_()) if frozen else fused.requires_grad_()(x)
+    assert_close(y, model(x))
+    with pytest.raises(RuntimeError, match=r"^FoldedSCConv: has no gradients"):
+        y.sum().backward()
+    with pytest.raises(RuntimeError, match="FoldedSCConv: has no gradients"), forward_ad.dual_level():
+        fused(forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+
+
+def test_what_a_convolution_refuses_is_refused():
+    fused = fuse_for_inference(SCConv(8, 8))
+    for x in (
+        torch.ones(1, 8, 4, 4, dtype=torch.float64),
+        torch.ones(1, 8, 4, 4, dtype=torch.uint8),
+        torch.ones(1, 6, 4, 4),
+    ):
+        with pytest.raises(ValueError, match=r"^input of .*: must be"):
+            fused(x)
+
+
+def test_is_saved_and_loaded(tmp_path):
+    fused, x = fuse_for_inference(with_a_past(build_model("scconv_resnet20"))), images()
+    torch.save(fused, tmp_path / "fused.pt")
+    assert_close(torch.load(tmp_path / "fused.pt", weights_only=False)(x), fused(x), rtol=0, atol=0)
+
+
+def test_of_a_compiled_layer_it_is_compiled():
+    layer, graphs, x = SCConv(8, 8, dtype=torch.float64), [], torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    torch.compiler.reset()
+    compile_scconv(layer, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    fused = fuse_for_inference(layer)
+    assert_close(fused(x), layer.cru(layer.sru(x)).detach(), rtol=1e-10, atol=1e-10)
+    assert len(graphs) == 1
+    assert type(fuse_for_inference(nn.Sequential(fused))[0]) is FoldedSCConv  # a second time is no harm
 
 
 class Branches(nn.Module):

@@ -140,7 +140,8 @@ def test_an_unknown_layer_names_its_neighbours():
 
 def test_a_layer_that_does_not_run_is_an_error():
     model = build_model("scconv_resnet20").eval()
-    with capture(model, ["layer1.0.conv1.sru.gn"]), pytest.raises(ValueError, match=r"sru\.gn': must run in the forw"):
+    model.layer1[0].spare = nn.ReLU()
+    with capture(model, ["layer1.0.spare"]), pytest.raises(ValueError, match=r"0\.spare': must run in the forw"):
         model(torch.zeros(1, 3, 32, 32))
     assert hooks_of(model) == 0
 
@@ -149,7 +150,7 @@ def test_a_layer_that_does_not_run_is_an_error():
     ("poison", "named"),
     [
         ("layer2.1.bn1.weight", "layer2.1.bn1"),
-        ("layer1.2.conv2.sru.gn.weight", "layer1.2.conv2.sru"),  # γ: the SRU's own code reads it
+        ("layer1.2.conv2.sru.gn.weight", "layer1.2.conv2.sru.gn"),
         ("layer3.0.conv1.cru.gwc.weight", "layer3.0.conv1.cru.gwc"),
         ("fc.bias", "fc"),
     ],
