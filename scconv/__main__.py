@@ -4,6 +4,7 @@ import os
 import sys
 
 from scconv import __version__
+from scconv.extras import name_extra
 
 COMMANDS = {
     "info": "the networks and the trained weights",
@@ -47,7 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
         if command in ("info", "-h", "--help") and not rest:
             return info()
     except ModuleNotFoundError as error:
-        print(f"scconv {command}: needs {error.name}; pip install 'scconv[train]'", file=sys.stderr)
+        extra = name_extra(error, "models" if command == "info" else "train")
+        if not extra:
+            raise
+        print(f"scconv {command}: {extra}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # such as `scconv info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

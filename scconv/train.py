@@ -2,7 +2,7 @@
 
 import sys
 
-from scconv.training.command import main
+from scconv.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))
