@@ -33,6 +33,7 @@ from scconv.layers import CRU, SRU, SCConv, WeightedGroupNorm
 from scconv.surgery import Surgery
 
 GRAPHS = 256  # for all layers of a process. Dynamo stops at 8 a function by default; ResNet-50 alone needs 14.
+OLD = torch.__version__ < "2.14"
 METHODS = {  # what each part computes, as it was when this module was imported
     kind: {name: getattr(kind, name) for name in names}
     for kind, names in {
@@ -55,8 +56,8 @@ def compile_scconv(model: nn.Module, *, backend: str | Callable = "inductor", dy
     equal layers. Where the whole network is compiled, the layers become part of its graph.
 
     A layer computes by its own text as long as one of its parts has a hook, a parametrisation, pruning, another class
-    or another method; so it does under `torch.export`, `torch.func`, torch.fx and forward-mode AD. A second derivative
-    through compiled code raises RuntimeError. `uncompile_scconv` is the way back.
+    or another method; so it does under `torch.export` (with `strict=True` from torch 2.14 on), `torch.func`, torch.fx
+    and forward-mode AD. A second derivative through compiled code raises RuntimeError. `uncompile_scconv` undoes it.
 
     Args:
         model: an `SCConv`, or any module that contains some.
@@ -167,7 +168,9 @@ def is_watched(module: nn.Module) -> bool:
 
 def is_ordinary(x: Tensor, layer: SCConv) -> bool:
     """Whether x suits the layer, and all are tensors of numbers that compiled code can read."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
+    # Before torch 2.14 Dynamo answers that it exports even where it only compiles.
+    exporting = torch.compiler.is_exporting() and not (OLD and torch.compiler.is_dynamo_compiling())
+    if exporting or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
         return False
     if x.ndim != 4 or not x.shape[1] == layer.sru.channels == layer.cru.in_channels or not x.numel() or x.is_meta:
         return False
@@ -376,7 +379,7 @@ def squeezed(
         return pointwise(squeeze_up, up), pointwise(squeeze_low, at_centre(low, plan))
 
     tensors = x, scale, shift, squeeze_up, squeeze_low
-    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+    if torch.is_grad_enabled():
         return checkpoint(again, *tensors, use_reentrant=False, preserve_rng_state=False)
     return again(*tensors)
 

@@ -237,7 +237,8 @@ def test_one_graph_serves_images_of_any_number_and_size(memory_format):
     for shape in ((3, 8, 20, 17), (5, 8, 25, 23), (4, 8, 32, 40)):
         x = randn(*shape).to(memory_format=memory_format)
         assert_close(quick(x), layer(x), **EXACT)
-    assert graphs.frame_count == first > 0
+    if torch.__version__ >= "2.14":  # before, Dynamo may compile channels_last once more, for the strides of a slice
+        assert graphs.frame_count == first > 0
 
 
 def test_a_gradient_that_is_not_laid_out_is_taken():
@@ -525,9 +526,12 @@ def test_second_derivatives_are_refused_in_one_line(tool, backend):
     assert_close(tool(quick, x), tool(layer, x), rtol=0, atol=0)
 
 
-def test_what_was_exported_trains_as_the_layer_does():
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_was_exported_trains_as_the_layer_does(strict):
+    if strict and torch.__version__ < "2.14":
+        pytest.skip("Dynamo cannot tell then whether it exports; to train what was exported is an error")
     layer, x = build(8, 8), randn(2, 8, 4, 4)
-    exported = torch.export.export(fast(layer), (x,)).module()
+    exported = torch.export.export(fast(layer), (x,), strict=strict).module()
     expected, found = run(layer, layer, x), run(exported, exported, x)
     check(found, expected, **EXACT)
 
