@@ -97,9 +97,9 @@ class CompiledSCConv(SCConv):
     """An `SCConv` that runs as compiled code wherever this computes the same. `compile_scconv` makes it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if reason_to_leave(self) or not is_ordinary(x, self):
+        if reason_to_leave(self) or not is_ordinary(x, self, tensors := own_tensors(self)):
             return super().forward(x)
-        arguments = x, *own_tensors(self), plan_of(self)
+        arguments = x, *tensors, plan_of(self)
         if torch.compiler.is_compiling():
             return fast_scconv(*arguments)
         y = run_compiled(fast_scconv, self, *arguments)
@@ -166,7 +166,7 @@ def is_watched(module: nn.Module) -> bool:
     return any(len(hooks[name]) > 0 for name in names) or bool(nn.modules.module._has_any_global_hook())
 
 
-def is_ordinary(x: Tensor, layer: SCConv) -> bool:
+def is_ordinary(x: Tensor, layer: SCConv, tensors: list[Tensor | None]) -> bool:
     """Whether x suits the layer, and all are tensors of numbers that compiled code can read."""
     # Before torch 2.14 Dynamo answers that it exports even where it only compiles.
     exporting = torch.compiler.is_exporting() and not (OLD and torch.compiler.is_dynamo_compiling())
@@ -174,7 +174,7 @@ def is_ordinary(x: Tensor, layer: SCConv) -> bool:
         return False
     if x.ndim != 4 or not x.shape[1] == layer.sru.channels == layer.cru.in_channels or not x.numel() or x.is_meta:
         return False
-    tensors = [x, *(t for t in own_tensors(layer) if t is not None)]
+    tensors = [x, *(t for t in tensors if t is not None)]
     types = {t.dtype for t in tensors}
     lower = torch.is_autocast_enabled(x.device.type) and torch.float64 not in types and x.is_floating_point()
     if (len(types) > 1 and not lower) or any(t.device != x.device for t in tensors):
