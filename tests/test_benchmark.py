@@ -127,6 +127,7 @@ def test_writes_a_whole_file(what, tmp_path):
         assert popular == [64 + 27, 128 + 27, 256 + 27, 512 + 27]  # Python's sum: one a channel
 
 
+@pytest.mark.slow
 def test_refuses_to_compare_with_nothing():
     command = [sys.executable, BENCHMARK / "speed.py", "layer", "--forms", "scconv"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

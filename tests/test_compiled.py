@@ -228,6 +228,7 @@ def test_no_layer_of_resnet50_is_left_eager(calls):
     assert (len(graphs), len(calls)) == (14, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_one_graph_serves_images_of_any_number_and_size(memory_format):
     layer, graphs = build(8, 8), torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -560,6 +561,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_gradients_of_one(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)

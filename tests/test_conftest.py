@@ -78,6 +78,7 @@ def test_a_number_of_threads_that_is_set_stays(pytest_there):
     assert "1 failed, 4 passed" in printed  # the notebook has as many
 
 
+@pytest.mark.slow
 def test_slow_tests_come_first_and_can_be_left_out(pytest_there):
     tests = [line.partition("::")[2] for line in pytest_there("--collect-only").splitlines() if "::" in line]
     assert tests == ["it.ipynb", "test_slow", "test_threads", "test_the_next", "test_compiles"]

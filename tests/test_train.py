@@ -154,6 +154,7 @@ def test_the_sizes_may_be_in_proportion_to_any_image(tmp_path):
     assert run.image_sizes == [32] * 5 + [48] * 4 + [64] * 3
 
 
+@pytest.mark.slow
 def test_compiled_training_falls_back_to_eager_at_no_size(larger_digits, tmp_path, monkeypatch):
     """One graph a size, and one for the test images; a break or Dynamo's limit would make more, or none."""
     graphs = []
