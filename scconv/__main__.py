@@ -37,16 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: that of the command, 2 for one that is not there."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["info"]
     try:
-        if command == "train":
-            from scconv.training.command import main as train
-
-            return train(rest)
-        if command == "results":
-            from scconv.reporting.tables import main as results
-
-            return results(rest)
-        if command in ("info", "-h", "--help") and not rest:
-            return info()
+        status = run(command, rest)
+        sys.stdout.flush()  # here, where a closed pipe is still answered
+        return status
     except ModuleNotFoundError as error:
         extra = name_extra(error, "models" if command == "info" else "train")
         if not extra:
@@ -56,6 +49,19 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # such as `scconv info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def run(command: str, rest: list[str]) -> int:
+    if command == "train":
+        from scconv.training.command import main as train
+
+        return train(rest)
+    if command == "results":
+        from scconv.reporting.tables import main as results
+
+        return results(rest)
+    if command in ("info", "-h", "--help") and not rest:
+        return info()
     print(f"scconv: {' '.join([command, *rest])}: must be one of {', '.join(COMMANDS)}", file=sys.stderr)
     return 2
 
