@@ -1,11 +1,13 @@
-"""The house style of the figures: one look, one colour for one kind of network, and the figure that two pages share."""
+"""The house style of the figures: one look, one colour for one kind of network, and the figures that pages share."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn
 from matplotlib.figure import Figure
 
-from scconv.reporting.tables import KEYS
+from scconv.reporting.benchmarks import FORMS
+from scconv.reporting.tables import KEYS, describe, describe_recipe, display_name, tabulate
 
 # The colours of Okabe and Ito, which stay apart for colour-blind readers. Names that contain others come first.
 COLOURS = {
@@ -33,10 +35,100 @@ def draw_learning_curves(curves: pd.DataFrame) -> Figure:
     fig, ax = plt.subplots(figsize=(6.5, 5.8))
     for (*_, network, setting, seed), run in curves.groupby([*KEYS, "seed"], sort=False):
         style = "-." if "gate=hard" in network else {0: "-", 1: "--"}.get(seed, ":")
-        label = ", ".join(word for word in (network, setting, f"seed {seed}") if word)
+        label = ", ".join(word for word in (display_name(network), setting, f"seed {seed}") if word)
         ax.plot(run["epoch"], 100 * run["test_top1"], style, color=colour_of(network), label=label)
     ax.set(xlabel="epoch", ylabel="test top-1 (%)", ylim=(0, None))
     fig.legend(loc="outside lower center")  # inside, it would hide curves
+    return fig
+
+
+def draw_ablation(runs: list[dict], base: str = "resnet20", recipe: str = "fast", epochs: int = 15) -> Figure:
+    """Bars of CIFAR-100 test top-1 (%): `base`, then every variant of it that ran with this recipe, the best first.
+
+    A bar is the median over seeds, and each seed is a dot.
+
+    Raises:
+        ValueError: `runs` has none of them.
+    """
+    wanted = {"data": "CIFAR-100", "recipe": recipe, "epochs": epochs, "setting": ""}
+    runs = [run for run in runs if run["model"].rpartition("_")[2] == base and wanted.items() <= describe(run).items()]
+    if not runs:
+        raise ValueError(f"base={base!r}: no run of it on CIFAR-100 with the recipe {recipe}, {epochs} epochs")
+    table = tabulate(runs, expected=()).sort_values("top1", ascending=False)
+    table = pd.concat([table[table["network"] == base], table[table["network"] != base]])
+    fig, ax = plt.subplots(figsize=(6.5, 0.8 + 0.75 * len(table)))
+    for y, row in enumerate(table.to_dict("records")):
+        ax.barh(y, 100 * row["top1"], 0.7, color=colour_of(row["network"]), alpha=0.75)
+        ax.text(1, y, f"{100 * row['top1']:.1f} %", va="center")
+        seeds = [100 * run["test"]["top1"] for run in runs if describe(run)["network"] == row["network"]]
+        ax.plot(seeds, [y] * len(seeds), "o", color="black", markersize=4)
+    labels = [
+        f"{display_name(row.network)}\n{row.params / 1e3:,.0f}k parameters, n = {row.n:.0f}"
+        for row in table.itertuples()
+    ]
+    ax.set(yticks=range(len(table)), yticklabels=labels, xlabel="test top-1 (%)", xlim=(0, None))
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    return fig
+
+
+def draw_accuracy_against_parameters(table: pd.DataFrame) -> Figure:
+    """Test top-1 (%) against millions of parameters, from rows of `tables.tabulate`; a panel for each data and recipe.
+
+    A point is the median over seeds, its bar reaches from the least to the most. A line joins a network and its SCConv
+    version. Rows without a run, and experiments with a single network, are left out.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    groups = table.dropna(subset=["top1"]).groupby(["data", "recipe", "epochs", "setting"], sort=False)
+    panels = [rows.sort_values("top1").set_index("network", drop=False) for _, rows in groups if len(rows) > 1]
+    if not panels:
+        raise ValueError("table: no experiment with two networks that ran")
+    fig, axes = plt.subplots(len(panels), 1, figsize=(6.5, 3.8 * len(panels)), squeeze=False)
+    for ax, rows in zip(axes.flat, panels, strict=True):
+        largest, apart = rows["params"].max(), 6 * np.ptp(rows["top1"])  # labels stay 6 % of the height apart
+        lowest = {"left": -np.inf, "right": -np.inf}
+        for network, row in rows.iterrows():
+            millions, top1, colour = row["params"] / 1e6, 100 * row["top1"], colour_of(network)
+            spread = [[top1 - 100 * row["least"]], [100 * row["most"] - top1]]
+            ax.errorbar(millions, top1, yerr=spread, marker="o", markersize=9, color=colour, capsize=4)
+            side, shift = ("right", -9) if row["params"] > largest / 2 else ("left", 9)
+            level = max(top1, lowest[side] + apart)
+            lowest[side] = level
+            ax.annotate(display_name(network), (millions, level), (shift, 0), textcoords="offset points", ha=side,
+                        va="center", bbox={"color": "white", "alpha": 0.8, "pad": 1})  # fmt: skip
+            if network.startswith("scconv_") and (base := network.removeprefix("scconv_")) in rows.index:
+                pair = rows.loc[[network, base]]
+                ax.plot(pair["params"] / 1e6, 100 * pair["top1"], ":", color="0.5", zorder=0)
+        ax.set_title(f"{row['data']}\n{describe_recipe(row)}")
+        ax.set(ylabel="test top-1 (%)", xlabel="parameters (millions)", xlim=(0, 1.08 * largest / 1e6))
+        ax.margins(y=0.12)
+    return fig
+
+
+def draw_speed_heatmap(benchmark: dict) -> Figure:
+    """A layer's time relative to the 3×3's at the same shape and memory format, from `benchmarks.read_benchmark`.
+
+    A panel for each direction and memory format, a row for each form, a column for each shape. Blue is faster than the
+    3×3, red slower, on a logarithmic scale that is white at 1.
+    """
+    rows = pd.DataFrame([row for row in benchmark["rows"] if row["form"] != "3x3"])
+    rows["form"] = rows["form"].map(FORMS)
+    rows["shape"] = [f"{c}\n{height}²\n{n}" for n, c, height, _ in rows["shape"]]
+    panels = rows.groupby(["direction", "memory_format"], sort=False)
+    height = 1 + len(panels) * (0.4 + 0.36 * rows["form"].nunique())
+    fig, axes = plt.subplots(len(panels), 1, figsize=(6.5, height), sharex=True, squeeze=False)
+    limit = np.log(rows["ratio"]).abs().max()
+    for ax, ((direction, memory_format), panel) in zip(axes.flat, panels, strict=True):
+        cells = panel.pivot(index="form", columns="shape", values="ratio")
+        cells = cells.loc[panel["form"].unique(), panel["shape"].unique()]  # in the file's order
+        seaborn.heatmap(np.log(cells), ax=ax, annot=cells, fmt=".2f", annot_kws={"size": 11}, cmap="RdBu_r",
+                        vmin=-limit, vmax=limit, cbar=False, linewidths=1)  # fmt: skip
+        title = {"inference": "Forward", "training": "Forward and backward"}[direction]
+        ax.set(xlabel="", ylabel="", title=f"{title}, {memory_format}")
+        ax.tick_params(axis="both", length=0, rotation=0)
+    axes.flat[-1].set_xlabel("channels, height = width, images")
     return fig
 
 

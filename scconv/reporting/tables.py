@@ -22,6 +22,16 @@ MISSION = ("resnet50", "scconv_resnet50", "densenet121", "scconv_densenet121")
 # Rows that a table has with or without a run: (data, recipe, network). Other runs get theirs by being there.
 FOOD_SUBSET = "Food-101, 10 classes, 128 px"
 EXPECTED = tuple((data, recipe, n) for data, recipe in (("CIFAR-100", "short"), (FOOD_SUBSET, "fast")) for n in MISSION)
+UNITS = {
+    "sru": "{} with SRU",
+    "cru": "{} with CRU",
+    "cru_sru": "{} with CRU, then SRU",
+    "parallel": "{} with SRU and CRU in parallel",
+    "scconv": "SCConv-{}",
+    "narrow": "Narrow {}",
+    "grouped": "Grouped {}",
+    "separable": "Separable {}",
+}  # what `scconv.models` puts before a base network's name, in words
 KEYS = ["data", "recipe", "epochs", "network", "setting"]  # runs that differ in none of these are one experiment
 
 
@@ -34,6 +44,28 @@ def read_runs(folder: Path = RESULTS / "runs") -> list[dict]:
         raise ValueError(f"{folder}: not a folder with result files; name another with --folder")
     runs = [read_run(path) for path in sorted(folder.glob("*.json"))]
     return [run for run in runs if run["limit_train_batches"] is None]
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+
+def display_name(network: str) -> str:
+    """A network's name for people: `scconv_resnet50, gate=hard` is "SCConv-ResNet-50, hard gate".
+
+    Takes the names of `scconv.models`, with the options that `describe` adds. Any other name is returned as it is.
+    """
+    name, *options = network.split(", ")
+    unit, _, base = name.rpartition("_")
+    if name == "resnet34_appended_scconv":
+        unit, base = "", "ResNet-34 with SCConv appended"
+    elif unit and unit not in UNITS:
+        return network
+    base = base.replace("resnet", "ResNet-").replace("densenet", "DenseNet-")
+    words = [UNITS[unit].format(base) if unit else base]
+    for option in options:
+        key, _, value = option.partition("=")
+        words.append(f"{value} {key}" if key in ("gate", "fusion") else f"{key.replace('_', ' ')} {value}")
+    return ", ".join(words)
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------

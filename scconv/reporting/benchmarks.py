@@ -1,0 +1,48 @@
+"""The measurements of `benchmark/speed.py`, files in `results/benchmark`: read them, and say where they were made."""
+
+import json
+from pathlib import Path
+
+from scconv.files import checksum
+from scconv.reporting.recorded import RESULTS
+
+# The forms of a layer or network that `benchmark/speed.py` compares, in words. Older files have forms that are gone.
+FORMS = {
+    "3x3": "3×3",
+    "floor": "no 3×3 at all",
+    "popular": "popular",
+    "plain": "SCConv, as written",
+    "scconv+layers": "SCConv by compile_scconv, the rest not compiled",
+    "3x3+compile": "3×3, compiled",
+    "floor+compile": "no 3×3 at all, compiled",
+    "popular+compile": "popular, compiled",
+    "plain+compile": "SCConv, as written, compiled",
+    "scconv+compile": "SCConv, compiled",
+    "3x3+folded": "3×3, folded",
+    "3x3+folded+compile": "3×3, folded, compiled",
+    "scconv+folded+compile": "SCConv, folded, compiled",
+}
+
+
+def read_benchmark(name: str, folder: Path = RESULTS / "benchmark") -> dict | None:
+    """What `NAME.json` holds, without rows of forms that are gone, or None where that was not run yet.
+
+    Raises:
+        ValueError: the file is not as the benchmark wrote it.
+    """
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["sha256"] != checksum(content):
+        raise ValueError(f"{path.name}: not as the benchmark wrote it, its checksum differs")
+    return {**content, "rows": [row for row in content["rows"] if row["form"] in FORMS]}
+
+
+def describe_machine(benchmark: dict) -> str:
+    """Device, threads, precision, version of torch and date, as a caption says them."""
+    machine, settings = benchmark["machine"], benchmark["settings"]
+    place = machine["device"]
+    if settings["device"] != "cuda":
+        place = f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    return f"{place}; {settings['dtype']}, torch {benchmark['versions']['torch']}, {benchmark['date'][:10]}"
