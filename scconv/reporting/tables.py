@@ -7,6 +7,7 @@ in percent.
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -129,6 +130,13 @@ def tabulate(runs: list[dict], expected: tuple[tuple[str, str, str], ...] = EXPE
     return table.sort_values(["data", "recipe", "epochs"], kind="stable", ignore_index=True)
 
 
+def find_experiment(table: pd.DataFrame, network: str, data: str, **how) -> pd.Series | None:
+    """The row of `tabulate` with these words (`recipe`, `epochs`, `setting`), or None where it was not run."""
+    wanted = {"network": network, "data": data, **how}
+    same = table[(table[list(wanted)] == pd.Series(wanted)).all(axis=1)]
+    return None if same.empty else same.iloc[0]
+
+
 def paper_accuracy(network: str, path: Path = RESULTS / "paper.json") -> float | None:
     """The paper's top-1 on CIFAR-100 with its own recipe of 200 epochs, tables 2 and 1; None where it has none."""
     paper = json.loads(path.read_text(encoding="utf-8"))
@@ -174,6 +182,17 @@ def show_table(runs: list[dict], which: str = "overall") -> pd.DataFrame:
             }
         )
     return pd.DataFrame(shown)
+
+
+def in_markdown(table: pd.DataFrame) -> str:
+    """A table of text as Markdown: numbers to the right, and no line breaks inside them."""
+
+    def is_number(column: str) -> bool:
+        return column == "n" or table[column].astype(str).str.match(r"[-+−]?[\d.,]+( ?%)?$|–$|not run yet$").all()
+
+    rows = [table.columns, ["--:" if is_number(column) else "---" for column in table.columns], *table.values]
+    text = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+    return re.sub(r"(?<=\w)-(?=\d)", "\u2011", text.replace("not run yet", "not\u00a0run\u00a0yet"))
 
 
 def learning_curves(runs: list[dict]) -> pd.DataFrame:

@@ -1,0 +1,183 @@
+"""The four answers that open the book.
+
+Numbers are read from `results/`. A sentence that judges was written by a person after the run; `bears_out` stands
+beside it and raises where the numbers no longer bear it out, so that a build fails until somebody has rewritten it.
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from scconv.reporting.plots import COLOURS
+from scconv.reporting.recorded import RESULTS
+from scconv.reporting.tables import TITLES, describe, display_name, read_runs
+from scconv.training.paired import Comparison, compare_runs
+
+PREFIX = "scconv_"
+
+
+def bears_out(holds: bool, sentence: str) -> None:
+    """Raise a ValueError where `sentence` is no longer true."""
+    if not holds:
+        raise ValueError(f"the results no longer bear this out, rewrite it: {sentence}")
+
+
+def read(name: str, folder: Path = RESULTS) -> dict:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def counts(network: str, table: str = "table2", folder: Path = RESULTS) -> dict:
+    """Parameters and MACs of a network of the paper's `table`: the paper's, and what the equations give."""
+    ours = read("notebooks/04_scconv_and_complexity.json", folder)["measured"][table][network]
+    return {"paper": read("paper.json", folder)[table]["rows"][network], "ours": ours}
+
+
+def reduction(base: str, of: str, key: str, folder: Path = RESULTS) -> float:
+    """By what share SCConv cuts `key` ("params", "macs") of `base`; `of` is "paper" or "ours"."""
+    return 1 - counts(PREFIX + base, folder=folder)[of][key] / counts(base, folder=folder)[of][key]
+
+
+def relative_times(dtype: str, folder: Path = RESULTS, device: str = "cpu") -> dict | None:
+    """SCConv-ResNet-50's time by (form, direction), as a share of the 3×3 network's in the same form.
+
+    "compiled" holds two compiled networks against each other, "written" two that are not.
+    None where the benchmark was not run.
+    """
+    name = f"benchmark/network-{device}-{dtype}.json"
+    if not (folder / name).exists():
+        return None
+    ratio = {(row["form"], row["direction"]): row["ratio"] for row in read(name, folder)["rows"]}
+    forms = {"compiled": ("scconv+compile", "3x3+compile"), "written": ("plain", "3x3")}
+    return {
+        (form, direction): ratio[ours, direction] / ratio[base, direction]
+        for form, (ours, base) in forms.items()
+        for direction in ("inference", "training")
+        if (ours, direction) in ratio
+    }
+
+
+def find_pairs(runs: list[dict]) -> list[tuple[dict, dict]]:
+    """Every network that ran with and without SCConv under the same conditions and seed: (without, with)."""
+
+    def conditions(run: dict, network: str) -> tuple:
+        return (*{**describe(run), "network": network}.values(), run["seed"])
+
+    without = {conditions(run, run["model"]): run for run in runs if not run["model_options"]}
+    with_scconv = [run for run in runs if run["model"].startswith(PREFIX) and not run["model_options"]]
+    found = [(without.get(conditions(run, run["model"].removeprefix(PREFIX))), run) for run in with_scconv]
+    return [(base, run) for base, run in found if base]
+
+
+def compare_pairs(runs: list[dict]) -> list[tuple[dict, Comparison]]:
+    """Of each pair, the run with SCConv, and its top-1 less the other's; the largest loss first."""
+    found = [(ours, compare_runs(base, ours)) for base, ours in find_pairs(runs)]
+    return sorted(found, key=lambda pair: pair[1].difference)
+
+
+def redundancy(design: str, kind: str, folder: Path = RESULTS) -> list[float]:
+    """`kind` ("correlation", "rank") behind each block convolution, averaged over the network; one number a seed."""
+    networks = read("notebooks/05_redundancy-cifar100.json", folder)["measured"]["networks"]
+    rows = [found["conv"][kind] for name, found in networks.items() if name.rsplit("-", 1)[0] == design]
+    return [sum(row[0] for row in network) / len(network) for network in rows]
+
+
+# ---- the four answers ----------------------------------------------------------------------------------------------
+
+
+def answer_smaller(folder: Path = RESULTS) -> str:
+    params, macs = (1 - reduction("resnet50", "ours", key, folder) for key in ("params", "macs"))
+    bears_out(max(params, macs) < 0.7, "Yes: smaller")
+    return (
+        f"**Yes.** SCConv-ResNet-50 has {params:.0%} of ResNet-50's parameters and {macs:.0%} of its "
+        "multiply-accumulates ([counted](../notebooks/04_scconv_and_complexity.ipynb))."
+    )
+
+
+def answer_faster(folder: Path = RESULTS) -> str:
+    single, half = (relative_times(dtype, folder) for dtype in ("float32", "bfloat16"))
+    inference, training = (single["compiled", way] for way in ("inference", "training"))
+    bears_out(max(inference, training) < 0.9, "On a processor, once compiled: faster")
+    bears_out(min(single["written", way] for way in ("inference", "training")) > 0.9, "not otherwise: hardly faster")
+    bears_out(all(0.9 < half["compiled", way] < 1.1 for way in ("inference", "training")), "hardly in bfloat16")
+    gpu = relative_times("bfloat16", folder, "cuda")
+    on_gpu = "A GPU was not measured yet." if gpu is None else f"On a GPU {gpu['compiled', 'inference']:.2f} of it."
+    return (
+        f"**On a processor, once compiled.** Then it takes {inference:.2f} of ResNet-50's time in inference and "
+        f"{training:.2f} in training (float32). Without a compiler, or in bfloat16, it gains next to nothing. {on_gpu} "
+        "([measured](#report-performance))"
+    )
+
+
+def answer_accurate(runs: list[dict]) -> str:
+    found = [pair for _, pair in compare_pairs(runs)]
+    bears_out(all(pair.difference < 0 for pair in found), "No, not in what we could train: all pairs lose")
+    least, most = -100 * found[-1].difference, -100 * found[0].difference
+    return (
+        f"**Not in what we could train.** Top-1 fell in all {len(found)} pairs of networks, by {least:.1f} to "
+        f"{most:.1f} points (one seed each). The paper's 200 epochs were not run. ([results](#report-results))"
+    )
+
+
+def answer_redundant(folder: Path = RESULTS) -> str:
+    plain, ours = (redundancy(network, "correlation", folder) for network in ("resnet20", "scconv_resnet20"))
+    ranks = [redundancy(network, "rank", folder) for network in ("resnet20", "scconv_resnet20")]
+    bears_out((len(plain), len(ours)) == (2, 1), "two seeds, one seed")
+    bears_out(min(ours) > max(plain) and max(ranks[1]) < min(ranks[0]), "No, more: correlation up and rank down")
+    return (
+        f"**No, more.** In ResNet-20 the mean correlation between channels is {listed(ours)} with SCConv (one seed), "
+        f"{listed(plain)} without (two seeds). ([chapter 5](../notebooks/05_redundancy.ipynb))"
+    )
+
+
+def show_answers(folder: Path = RESULTS) -> str:
+    """The box that opens front page and report: four questions, as Markdown."""
+    answers = {
+        "Smaller?": answer_smaller(folder),
+        "Faster?": answer_faster(folder),
+        "More accurate?": answer_accurate(read_runs(folder / "runs")),
+        "Less redundant?": answer_redundant(folder),
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| **{question}** | {text} |" for question, text in answers.items())])
+
+
+def draw_answers(folder: Path = RESULTS) -> Figure:
+    """What SCConv costs, relative to the same network with 3×3 convolutions, and what it does to accuracy."""
+    fig, (cost, gain) = plt.subplots(2, figsize=(6.5, 7), height_ratios=(4, 6))
+    times = relative_times("float32", folder)
+    shares = {
+        title: 1 - reduction("resnet50", "ours", key, folder)
+        for title, key in (("parameters", "params"), ("MACs", "macs"))
+    }
+    shares |= {f"{way} time": times["compiled", way] for way in ("inference", "training")}
+    bars = cost.barh(list(shares), list(shares.values()), color=COLOURS["scconv"])
+    cost.bar_label(bars, fmt="{:.2f}", padding=4)
+    cost.axvline(1, color=COLOURS["baseline"])
+    cost.set(xlim=(0, 1.15), title="Cost with SCConv (ResNet-50 is 1)")
+    cost.invert_yaxis()
+
+    found = compare_pairs(read_runs(folder / "runs"))[::-1]
+    for place, (_, pair) in enumerate(found):
+        ends = [[100 * (pair.difference - pair.low)], [100 * (pair.high - pair.difference)]]
+        gain.errorbar(100 * pair.difference, place, xerr=ends, fmt="o", color=COLOURS["scconv"], capsize=4)
+    gain.axvline(0, color=COLOURS["baseline"])
+    gain.set_yticks(range(len(found)), [name_pair(run) for run, _ in found])
+    gain.set(title="Accuracy with SCConv less without", xlabel="points of top-1, 95 % interval")
+    gain.set(ylim=(len(found) - 0.5, -0.5))
+    return fig
+
+
+def name_pair(run: dict) -> str:
+    """The network without SCConv, the set and the epochs of a run with SCConv, in two lines."""
+    network, data = display_name(run["model"].removeprefix(PREFIX)), run["data"]
+    title = TITLES[data["name"]] + (f", {data['image_size']} px" if data["name"] == "food101" else "")
+    epochs = run["recipe"]["epochs"]
+    return f"{network}\n{title}, {epochs} epoch{'s' * (epochs > 1)}"
+
+
+def listed(values: list[float]) -> str:
+    return " and ".join(f"{value:.2f}" for value in values)

@@ -1,0 +1,106 @@
+"""The answers and verdicts say what the result files say, and fail where these no longer bear them out."""
+
+import json
+import shutil
+
+import pytest
+
+from scconv.complexity import count_macs, count_params
+from scconv.files import checksum
+from scconv.models import build_model
+from scconv.reporting.answers import compare_pairs, draw_answers, reduction, show_answers
+from scconv.reporting.recorded import RESULTS
+from scconv.reporting.tables import in_markdown, read_runs
+from scconv.reporting.verdicts import verdicts
+
+SCCONV = "runs/cifar100-fast-epochs_15-scconv_resnet20-seed0.json"
+SPEED = "benchmark/network-cpu-float32.json"
+REDUNDANCY = "notebooks/05_redundancy-cifar100.json"
+
+
+@pytest.fixture
+def results(tmp_path):
+    return shutil.copytree(RESULTS, tmp_path / "results")
+
+
+def change(path, edit) -> None:
+    content = json.loads(path.read_text("utf-8"))
+    edit(content)
+    path.write_text(json.dumps({**content, "sha256": checksum(content)} if "sha256" in content else content))
+
+
+def make_scconv_right(run):
+    run["test"]["top1"] = 0.65
+
+
+def make_it_slow(benchmark):
+    for row in benchmark["rows"]:
+        if row["form"] == "scconv+compile":
+            row["ratio"] = 1.2
+
+
+def make_it_diverse(content):
+    for row in content["measured"]["networks"]["scconv_resnet20-0"]["conv"]["correlation"]:
+        row[0] = 0.1
+
+
+@pytest.mark.parametrize(
+    ("file", "edit"), [(SCCONV, make_scconv_right), (SPEED, make_it_slow), (REDUNDANCY, make_it_diverse)]
+)
+def test_an_answer_that_the_numbers_contradict_fails(results, file, edit):
+    show_answers(results)  # as it is, it holds
+    change(results / file, edit)
+    with pytest.raises(ValueError, match="no longer bear this out"):
+        show_answers(results)
+
+
+def test_a_verdict_that_the_numbers_contradict_fails(results):
+    verdicts(results)
+    change(results / SCCONV, make_scconv_right)
+    with pytest.raises(ValueError, match="a better small ResNet: not reproduced"):
+        verdicts(results)
+
+
+def test_a_claim_called_untested_fails_once_its_runs_are_there(results):
+    for network in ("resnet50", "scconv_resnet50"):
+
+        def rename(run, network=network):
+            run["model"], run["precision"] = network, "bf16"
+            run["recipe"] |= {"name": "short", "epochs": 12, "sizes": [[5 / 12, 0.5], [4 / 12, 0.75], [3 / 12, 1.0]]}
+            run["history"] = [{**row, "image_size": 32} for row in run["history"][:12]]
+
+        shutil.copy(results / SCCONV, results / f"runs/{network}.json")
+        change(results / f"runs/{network}.json", rename)
+    with pytest.raises(ValueError, match="a better ResNet-50: not tested"):
+        verdicts(results)
+
+
+@pytest.mark.parametrize("base", ["resnet50", "densenet121"])
+def test_the_savings_are_those_of_the_networks_that_we_build(base):
+    networks = [build_model(name, 10, small_images=True) for name in (base, f"scconv_{base}")]
+    for key, count in (("params", count_params), ("macs", count_macs)):
+        without, with_scconv = map(count, networks)
+        assert reduction(base, "ours", key) == pytest.approx(1 - with_scconv / without, rel=1e-9)
+
+
+def test_a_pair_differs_in_scconv_alone():
+    pairs = compare_pairs(read_runs())
+    assert len(pairs) >= 5
+    for run, found in pairs:
+        twin = RESULTS / "runs" / f"{run['name'].replace('scconv_', '')}.json"
+        base = json.loads(twin.read_text("utf-8"))
+        assert found.difference == pytest.approx(run["test"]["top1"] - base["test"]["top1"])
+    assert [found.difference for _, found in pairs] == sorted(found.difference for _, found in pairs)
+
+
+def test_the_figure_shows_every_pair_and_every_share():
+    cost, gain = draw_answers().axes
+    assert [round(bar.get_width(), 2) for bar in cost.patches][:2] == [0.62, 0.63]
+    assert len(gain.get_yticklabels()) == len(compare_pairs(read_runs()))
+
+
+def test_a_table_in_markdown_has_its_numbers_to_the_right():
+    head, rule, *rows = in_markdown(verdicts()).splitlines()
+    assert (head.count("|"), rule) == (7, "| --- | --- | --- | --: | --- | --- |")
+    assert len(rows) == len(verdicts())
+    assert "not run yet" not in "".join(rows)  # only with spaces that do not break
