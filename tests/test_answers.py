@@ -101,6 +101,6 @@ def test_the_figure_shows_every_pair_and_every_share():
 
 def test_a_table_in_markdown_has_its_numbers_to_the_right():
     head, rule, *rows = in_markdown(verdicts()).splitlines()
-    assert (head.count("|"), rule) == (7, "| --- | --- | --- | --: | --- | --- |")
+    assert (head.count("|"), rule) == (7, "| --- | --- | --- | --- | --: | --- |")
     assert len(rows) == len(verdicts())
     assert "not run yet" not in "".join(rows)  # only with spaces that do not break

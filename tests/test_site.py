@@ -201,19 +201,49 @@ def test_index_leads_to_the_first_page(browser):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_search_by_keyboard_finds_cross_reconstruct(browser, size):
+@pytest.mark.parametrize(
+    ("word", "page_name"), [("cross-reconstruct", "02_sru"), ("γ", "02_sru"), ("YOLO", "use"), ("SiLU", "use")]
+)
+def test_search_by_keyboard_finds(browser, size, word, page_name):
     page, seen = watched(browser, size)
     page.goto((SITE / "book" / "intro.html").as_uri())
     page.wait_for_load_state("networkidle")  # leaving earlier would cut the request for its icon short
     page.keyboard.press("Control+k")
-    page.keyboard.type("cross-reconstruct")
+    page.keyboard.type(word)
     page.keyboard.press("Enter")
     page.wait_for_selector("ul.search li a")
     page.wait_for_load_state("networkidle")
     results = page.locator("ul.search li a").evaluate_all("links => links.map(link => link.href)")
-    assert any("02_sru.html" in link for link in results)
+    assert any(f"/{page_name}.html" in link for link in results)
     assert not [what for what in seen if what[0] != "request"]
     page.close()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_answer_is_within_the_first_screen(browser, size):
+    page, _ = watched(browser, size)
+    page.goto((SITE / "book" / "intro.html").as_uri())
+    answers = page.locator("article table").first
+    assert answers.locator("tbody tr").count() == 4
+    assert (box := answers.bounding_box())["y"] + box["height"] <= SIZES[size]["height"]
+    page.close()
+
+
+def test_a_wide_table_says_that_it_scrolls_and_keeps_its_first_column(browser):
+    page, _ = watched(browser, "phone")
+    page.goto((SITE / "book" / "report.html").as_uri())
+    wide = page.wait_for_selector(".pst-scrollable-table-container[data-more]")
+    wide.evaluate("table => table.scrollLeft = table.scrollWidth")
+    page.wait_for_function("table => !table.hasAttribute('data-more')", arg=wide)
+    first, last = (wide.query_selector(f"tbody tr:first-child > :{place}-child") for place in ("first", "last"))
+    assert abs(first.bounding_box()["x"] - wide.bounding_box()["x"]) <= 1
+    assert last.bounding_box()["x"] + last.bounding_box()["width"] <= SIZES["phone"]["width"]
+    page.close()
+
+
+def test_no_state_is_told_by_an_emoji(visits):
+    status = SITE / "book" / "status.html"
+    assert not re.search("[✅❌☑✔✘]", status.read_text(encoding="utf-8"))
 
 
 def test_the_first_stop_of_the_tab_key_skips_the_menu(browser):

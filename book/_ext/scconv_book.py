@@ -160,9 +160,18 @@ def keep_launch_on_notebooks(app, pagename, templatename, context, doctree):
         context["header_buttons"] = [b for b in context["header_buttons"] if b.get("label") != "launch-buttons"]
 
 
+def write_out_marks(app, doctree, docname):
+    """In words what myst-nb's table of notebooks says by an emoji, which not every machine can show."""
+    words = {"✅": "ran", "❌": "failed"}
+    for text in list(doctree.findall(nodes.Text)):
+        if str(text) in words:
+            text.parent.replace(text, nodes.Text(words[str(text)]))
+
+
 def setup(app):
     app.add_role("result", ResultRole())
     app.add_directive("result-table", ResultTable)
     app.connect("config-inited", set_repository)
+    app.connect("doctree-resolved", write_out_marks)
     app.connect("html-page-context", keep_launch_on_notebooks, priority=502)  # the theme adds its buttons at 501
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -33,7 +33,8 @@ def verdicts(folder: Path = RESULTS) -> pd.DataFrame:
         ["better on ImageNet", _imagenet(folder), "not run yet", "0", "ResNet-50, ImageNet", NOT_TESTED],
         judge_redundancy(folder),
     ]
-    return pd.DataFrame(claims, columns=["claim", "paper", "ours", "n", "our setting", "verdict"])
+    table = pd.DataFrame(claims, columns=["claim", "paper", "ours", "n", "our setting", "verdict"])
+    return table[["claim", "verdict", "paper", "ours", "n", "our setting"]]  # on a phone the first columns show
 
 
 def judge_size(claim: str, key: str, folder: Path) -> list[str]:
@@ -75,7 +76,7 @@ def judge_accuracy(
     without, with_unit = found
     better = with_unit.top1 > without.top1
     bears_out(verdict == (REPRODUCED if better else NOT_REPRODUCED), f"{claim}: {verdict}")
-    n = f"{without.n:.0f} and {with_unit.n:.0f}"
+    n = f"{without.n:.0f}, {with_unit.n:.0f}"
     return [claim, paper, f"{without.top1:.2%} → {with_unit.top1:.2%}", n, setting, verdict]
 
 
@@ -83,7 +84,7 @@ def judge_redundancy(folder: Path) -> list[str]:
     answer_redundant(folder)  # raises where SCConv's features are not the more redundant ones
     plain, ours = (redundancy(name, "correlation", folder) for name in ("resnet20", "scconv_resnet20"))
     found = f"correlation {listed(plain)} → {listed(ours)}"
-    n = f"{len(plain)} and {len(ours)}"
+    n = f"{len(plain)}, {len(ours)}"
     return ["less redundant features", "pictures (figure 5)", found, n, "ResNet-20, 15 epochs", NOT_REPRODUCED]
 
 
