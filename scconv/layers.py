@@ -11,6 +11,8 @@ This is the code that runs, part by part, so hooks on every part fire. `scconv.c
 """
 
 import math
+from numbers import Real
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -83,9 +85,9 @@ class SRU(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_whole(channels=channels, gn_groups=gn_groups)
+        channels, gn_groups = whole("channels", channels), whole("gn_groups", gn_groups)
+        gate_threshold = _fraction("gate_threshold", gate_threshold)
         _check_choice("gate", gate, GATES)
-        _check_fraction("gate_threshold", gate_threshold)
         if channels % 2:
             raise ChannelError(f"channels={channels}: cross-reconstruction needs an even number")
         if channels % gn_groups:
@@ -134,7 +136,7 @@ class CRU(nn.Module):
 
     Args:
         in_channels: C1.
-        out_channels: C2, divisible by `groups`.
+        out_channels: C2, divisible by `gwc_groups`.
         kernel_size: k, odd.
         stride: of the k×k convolution, an int or a pair.
         padding: of the k×k convolution, an int or a pair, "same" or "valid"; None means dilation·(k - 1)/2, that keeps
@@ -142,7 +144,7 @@ class CRU(nn.Module):
         dilation: of the k×k convolution, an int or a pair.
         alpha: α, the upper branch's share of the channels, in (0, 1); αC1 is rounded to a whole number.
         squeeze_ratio: r, by which a 1×1 convolution narrows each branch.
-        groups: g, of the k×k group-wise convolution (GWC); must divide αC1/r.
+        gwc_groups: g, of the k×k group-wise convolution (GWC); must divide αC1/r.
         fusion: `"branch"`: β1 + β2 = 1 for each channel, Eq. (8). `"global"`: one soft-max over all 2·C2 pooled
             values, as the popular implementation has it; β is then 1/(2·C2) on average.
         bias: a bias on the GWC.
@@ -162,15 +164,16 @@ class CRU(nn.Module):
         *,
         alpha: float = 0.5,
         squeeze_ratio: int = 2,
-        groups: int = 2,
+        gwc_groups: int = 2,
         fusion: str = "branch",
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_whole(in_channels=in_channels, out_channels=out_channels, squeeze_ratio=squeeze_ratio, groups=groups)
-        _check_fraction("alpha", alpha)
+        in_channels, out_channels = whole("in_channels", in_channels), whole("out_channels", out_channels)
+        squeeze_ratio, gwc_groups = whole("squeeze_ratio", squeeze_ratio), whole("gwc_groups", gwc_groups)
+        alpha = _fraction("alpha", alpha)
         _check_choice("fusion", fusion, FUSIONS)
         geometry = _geometry(kernel_size, stride, padding, dilation)
         self.in_channels = in_channels
@@ -186,9 +189,9 @@ class CRU(nn.Module):
                 f"in_channels={in_channels}: alpha={alpha} and squeeze_ratio={squeeze_ratio} leave {up} upper and "
                 f"{low} lower channels, each must be at least 1"
             )
-        if up % groups or out_channels % groups:
+        if up % gwc_groups or out_channels % gwc_groups:
             raise ChannelError(
-                f"groups={groups}: must divide the {up} squeezed upper channels and out_channels={out_channels}"
+                f"gwc_groups={gwc_groups}: must divide the {up} squeezed upper channels and out_channels={out_channels}"
             )
         if low > out_channels:
             raise ChannelError(
@@ -198,7 +201,7 @@ class CRU(nn.Module):
         to = {"device": device, "dtype": dtype}
         self.squeeze_up = nn.Conv2d(self.up_channels, up, 1, bias=False, **to)
         self.squeeze_low = nn.Conv2d(self.low_channels, low, 1, bias=False, **to)
-        self.gwc = nn.Conv2d(up, out_channels, *geometry, groups, bias, **to)
+        self.gwc = nn.Conv2d(up, out_channels, *geometry, gwc_groups, bias, **to)
         self.pwc_up = nn.Conv2d(up, out_channels, 1, bias=False, **to)
         self.pwc_low = None  # (1 - α)C1/r = C2: X_low alone fills Y2, as in DenseNet's 128→32
         if low < out_channels:
@@ -218,7 +221,7 @@ class CRU(nn.Module):
         """What lies under the centre of the k×k kernel wherever it stops: (N, C, H, W) to (N, C, H', W')."""
         rows, columns = self.margin
         if rows or columns:
-            x = F.pad(x, (columns, columns, rows, rows))
+            x = F.pad(x, (columns, columns, rows, rows), self.gwc.padding_mode.replace("zeros", "constant"))
         return x if self.stride == (1, 1) else x[:, :, :: self.stride[0], :: self.stride[1]]
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,12 +256,14 @@ class CRU(nn.Module):
 class SCConv(nn.Module):
     """Spatial and channel reconstruction convolution: an SRU, then a CRU, where a k×k convolution stood.
 
-    Maps (N, C1, H, W) to (N, C2, H', W'), with H' and W' as for `nn.Conv2d` of the same arguments.
+    Maps (N, C1, H, W) to (N, C2, H', W'). Two defaults differ from `nn.Conv2d`'s: `SCConv(C1, C2, 3)` keeps H and W,
+    where `nn.Conv2d(C1, C2, 3)` shrinks them by 2, and has no bias. With `padding` given, H' and W' are `nn.Conv2d`'s.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation: as for `nn.Conv2d`, but that the default
-            `padding=None` keeps H and W at stride 1. The last three can be set later, too.
-        alpha, squeeze_ratio, groups, fusion, bias: see `CRU`.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as for `nn.Conv2d`, but that
+            `padding=None` keeps H and W at stride 1, and that `groups` must be 1: an SCConv replaces a dense
+            convolution. The bias is that of the k×k convolution. Stride, padding and dilation can be set later, too.
+        alpha, squeeze_ratio, gwc_groups, fusion: see `CRU`.
         gn_groups, gate, gate_threshold: see `SRU`.
         order: which units, in the words of table 1: `"scconv"` (S+C), `"cru_sru"` (C+S), `"parallel"` (C&S, the sum
             of both), `"cru"` (C), `"sru"` (S, followed by the k×k convolution itself).
@@ -275,22 +280,25 @@ class SCConv(nn.Module):
         stride: int | tuple[int, int] = 1,
         padding: int | tuple[int, int] | str | None = None,
         dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
         *,
         alpha: float = 0.5,
         squeeze_ratio: int = 2,
-        groups: int = 2,
+        gwc_groups: int = 2,
         gn_groups: int = 4,
         gate: str = "soft",
         gate_threshold: float = 0.5,
         fusion: str = "branch",
-        bias: bool = False,
         order: str = "scconv",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         _check_choice("order", order, ORDERS)
-        _check_whole(in_channels=in_channels, out_channels=out_channels)
+        in_channels, out_channels = whole("in_channels", in_channels), whole("out_channels", out_channels)
+        if whole("groups", groups) != 1:
+            raise ValueError(f"groups={groups}: must be 1, SCConv replaces a dense convolution; GWC's are gwc_groups")
         self.in_channels, self.out_channels = in_channels, out_channels
         self.order = order
         if order == "parallel" and in_channels != out_channels:
@@ -303,12 +311,23 @@ class SCConv(nn.Module):
         if order == "sru":
             self.conv = nn.Conv2d(*convolution, bias=bias, **to)
         else:
-            cru = {"alpha": alpha, "squeeze_ratio": squeeze_ratio, "groups": groups, "fusion": fusion, "bias": bias}
-            self.cru = CRU(*convolution, **cru, **to)
+            cru = {"alpha": alpha, "squeeze_ratio": squeeze_ratio, "gwc_groups": gwc_groups, "fusion": fusion}
+            self.cru = CRU(*convolution, **cru, bias=bias, **to)
 
     convolution = property(lambda self: self.conv if self.order == "sru" else self.cru.gwc)
     kernel_size = property(lambda self: self.convolution.kernel_size)
     stride, padding, dilation = _shared("stride", 1), _shared("padding", 0), _shared("dilation", 1)
+    # Frameworks read these of a convolution, too.
+    groups = property(lambda self: 1)
+    transposed = property(lambda self: self.convolution.transposed)
+    output_padding = property(lambda self: self.convolution.output_padding)
+    padding_mode = property(lambda self: self.convolution.padding_mode)
+
+    def reset_parameters(self) -> None:
+        """Initialise every part again, as `nn.Conv2d.reset_parameters` does."""
+        for part in self.modules():
+            if part is not self and hasattr(part, "reset_parameters"):
+                part.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.order == "scconv":
@@ -361,7 +380,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
 @fx.wrap
 def check_input(x: Tensor, channels: int) -> None:
     if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"input of shape {tuple(x.shape)}: must be (N, {channels}, H, W)")
+        hint = "; x[None] is a batch of one image" if x.ndim == 3 else ""
+        raise ValueError(f"input of shape {tuple(x.shape)}: must be (N, {channels}, H, W){hint}")
     if not x.is_floating_point():
         raise ValueError(f"input of {x.dtype}: must be floating point")
 
@@ -371,22 +391,34 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
 
 
-def _check_whole(**arguments: int) -> None:
-    for name, value in arguments.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+def whole(name: str, value: int, least: int = 1) -> int:
+    """`value` as an int, be it NumPy's or another that counts as one."""
+    if not _is_whole(value, least):
+        raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
+    return index(value)
 
 
-def _check_fraction(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or not 0 < value < 1:
+def _is_whole(value: int, least: int) -> bool:
+    try:
+        return not isinstance(value, bool) and index(value) >= least
+    except TypeError:
+        return False
+
+
+def _fraction(name: str, value: float) -> float:
+    if not isinstance(value, Real) or not 0 < value < 1:
         raise ValueError(f"{name}={value!r}: must lie between 0 and 1, both excluded")
+    return float(value)
 
 
 def _pair(name: str, value: int | tuple[int, int], least: int = 1) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else value
-    if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(type(v) is int and v >= least for v in pair):
+    try:
+        rows, columns = (value, value) if _is_whole(value, least) else value
+    except (TypeError, ValueError):  # not two values
+        rows = columns = None
+    if not (_is_whole(rows, least) and _is_whole(columns, least)):
         raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}, or a pair of such")
-    return tuple(pair)
+    return index(rows), index(columns)
 
 
 def _geometry(kernel_size, stride, padding, dilation) -> tuple[tuple[int, int], ...]:

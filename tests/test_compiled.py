@@ -79,7 +79,7 @@ SHAPES = [
     ((2, 16, 7, 7), 32, {"stride": 2}, "stride, odd size, wider"),
     ((2, 128, 4, 4), 32, {}, "DenseNet's 128→32: no PWC2"),
     ((2, 16, 6, 6), 16, {"alpha": 0.75}, "the split is not where the halves meet"),
-    ((2, 16, 6, 6), 24, {"alpha": 0.25, "groups": 1}, "the same, on the other side"),
+    ((2, 16, 6, 6), 24, {"alpha": 0.25, "gwc_groups": 1}, "the same, on the other side"),
     ((2, 16, 6, 6), 16, {"padding": 0}, "the 1×1 convolutions see a crop"),
     ((2, 16, 6, 6), 16, {"padding": 2, "dilation": 1}, "the 1×1 convolutions see padding"),
     ((2, 16, 6, 5), 16, {"padding": 3, "stride": 2}, "padding and stride: some outputs read only padding"),
@@ -96,7 +96,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("size", [(5, 7), (1, 1), (1, 6), (6, 2)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"bias": True}, {"groups": 1}, {"stride": 2}, {"kernel_size": 5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"gwc_groups": 1}, {"stride": 2}, {"kernel_size": 5}], ids=str)
 def test_equals_the_text_without_gradients(size, options):
     # Nothing is kept then, so it needs no checkpoint.
     layer, x = build(16, 24, **options), randn(3, 16, *size)
@@ -122,12 +122,12 @@ def test_equals_the_text_on_a_gpu():
 @given(
     n=st.integers(1, 3), quarter=st.integers(1, 4), height=st.integers(1, 9), width=st.integers(1, 9),
     wider=st.integers(1, 2), stride=st.integers(1, 3), alpha=st.sampled_from([0.25, 0.5, 0.75]),
-    groups=st.integers(1, 2), gate=st.sampled_from(["soft", "hard"]), seed=st.integers(0, 99),
+    gwc_groups=st.integers(1, 2), gate=st.sampled_from(["soft", "hard"]), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
-def test_equals_the_text_at_random(n, quarter, height, width, wider, stride, alpha, groups, gate, seed):
+def test_equals_the_text_at_random(n, quarter, height, width, wider, stride, alpha, gwc_groups, gate, seed):
     channels = 16 * quarter
-    layer = build(channels, channels * wider, stride=stride, alpha=alpha, groups=groups, gate=gate)
+    layer = build(channels, channels * wider, stride=stride, alpha=alpha, gwc_groups=gwc_groups, gate=gate)
     check_rewrite(layer, randn(n, channels, height, width, seed=seed), **EXACT)
 
 

@@ -21,10 +21,11 @@ def test_equation_10_and_11_by_hand():
 @pytest.mark.parametrize(("r", "g"), [(2, 2), (4, 1), (2, 4)])
 @pytest.mark.parametrize(("c1", "c2"), [(64, 64), (64, 128), (128, 64)])
 def test_counted_is_equation_11_plus_the_group_norm(alpha, r, g, c1, c2):
-    layer = SCConv(c1, c2, alpha=alpha, squeeze_ratio=r, groups=g)
+    layer = SCConv(c1, c2, alpha=alpha, squeeze_ratio=r, gwc_groups=g)
     assert count_params(layer.cru) == scconv_params(c1, c2, 3, alpha, r, g)
     assert count_params(layer) == scconv_params(c1, c2, 3, alpha, r, g) + 2 * c1
-    assert count_params(SCConv(c1, c2, alpha=alpha, squeeze_ratio=r, groups=g, bias=True)) == count_params(layer) + c2
+    with_bias = SCConv(c1, c2, alpha=alpha, squeeze_ratio=r, gwc_groups=g, bias=True)
+    assert count_params(with_bias) == count_params(layer) + c2
 
 
 def test_without_pwc2_equation_11_has_no_last_term():

@@ -46,7 +46,7 @@ def test_timm(name):
     assert len(surgery.replaced) == MODELS[name]
     assert set(surgery.replaced) <= before
     for left in before - set(surgery.replaced):
-        assert "channels=" in surgery.left[left] or "groups=2" in surgery.left[left], (left, surgery.left[left])
+        assert "channels=" in surgery.left[left] or "gwc_groups=2" in surgery.left[left], (left, surgery.left[left])
     assert sum(isinstance(module, SCConv) for module in model.modules()) == MODELS[name]
 
     images = torch.randn(2, 3, 64, 64)

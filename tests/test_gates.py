@@ -63,7 +63,7 @@ def test_no_position_gives_nan():
 
 
 def test_fusion_statistics_by_hand():
-    cru = CRU(4, 4, alpha=0.5, squeeze_ratio=2, groups=1)
+    cru = CRU(4, 4, alpha=0.5, squeeze_ratio=2, gwc_groups=1)
     with torch.no_grad():
         for parameter in cru.parameters():
             parameter.zero_()

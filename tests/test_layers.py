@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,6 +20,7 @@ from torch.testing import assert_close
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from scconv import CRU, SRU, SCConv
+from scconv.complexity import count_params, scconv_params
 from scconv.layers import ORDERS, ChannelError, convert_published_state_dict
 from scconv.models import build_model
 
@@ -49,7 +51,7 @@ def test_equals_the_published_implementation(name):
     tensor = {key: torch.from_numpy(value) for key, value in oracle.items() if key != "config"}
     layer = SCConv(
         config["channels"], config["channels"], config["kernel_size"], alpha=config["alpha"], bias=True,
-        squeeze_ratio=config["squeeze_ratio"], groups=config["group_size"], gn_groups=config["group_num"],
+        squeeze_ratio=config["squeeze_ratio"], gwc_groups=config["group_size"], gn_groups=config["group_num"],
         gate="soft", gate_threshold=config["threshold"], fusion="global", dtype=torch.float64,
     )  # fmt: skip
     published = {key.removeprefix("param."): value for key, value in tensor.items() if key.startswith("param.")}
@@ -110,7 +112,7 @@ def test_sru_by_hand_soft():
 @pytest.mark.parametrize("fusion", ["branch", "global"])
 def test_cru_by_hand(fusion):
     """Four channels, one position: X_up = 1 + 2 = 3, X_low = 3 - 4 = -1."""
-    cru = CRU(4, 4, groups=1, fusion=fusion, dtype=torch.float64)
+    cru = CRU(4, 4, gwc_groups=1, fusion=fusion, dtype=torch.float64)
     with torch.no_grad():
         cru.squeeze_up.weight.copy_(torch.tensor([1.0, 1.0]).view(1, 2, 1, 1))
         cru.squeeze_low.weight.copy_(torch.tensor([1.0, -1.0]).view(1, 2, 1, 1))
@@ -586,11 +588,130 @@ def test_trains_under_ddp_without_unused_parameters(order, tmp_path):
         dist.destroy_process_group()
 
 
+# ---- in the hands of frameworks ----
+
+
 def test_carries_a_convolutions_attributes():
     layer = SCConv(16, 32, 3, 2, padding=1)
     conv = nn.Conv2d(16, 32, 3, 2, padding=1)
-    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"):
-        assert getattr(layer, name) == getattr(conv, name)
+    names = "in_channels out_channels kernel_size stride padding dilation groups transposed output_padding padding_mode"
+    for name in names.split():
+        assert getattr(layer, name) == getattr(conv, name), name
+    with pytest.raises(AttributeError, match="groups"):  # not accepted and then ignored
+        layer.groups = 2
+    assert not hasattr(layer, "weight")  # so that what would read or fill the weight of one convolution fails aloud
+
+
+def test_takes_a_convolutions_arguments_in_its_order():
+    arguments = 16, 32, (3, 5), (2, 1), (1, 0), (1, 2), 1, True
+    layer, conv = SCConv(*arguments), nn.Conv2d(*arguments)
+    x = randn(2, 16, 9, 12, dtype=torch.float32)
+    assert layer(x).shape == conv(x).shape
+    assert layer.cru.gwc.bias is not None
+
+
+@pytest.mark.parametrize("whole", [np.int64, np.uint8, torch.tensor], ids=["int64", "uint8", "tensor"])
+def test_whole_numbers_of_any_kind(whole):
+    def build(kind, number, **own):
+        pair = number(1), number(1)
+        return kind(number(16), number(32), (number(3), number(3)), number(2), pair, number(1), number(1), **own)
+
+    own = {name: whole(2) for name in ("squeeze_ratio", "gwc_groups", "gn_groups")}
+    layer, conv, x = build(SCConv, whole, **own), build(nn.Conv2d, int), randn(1, 16, 8, 8, dtype=torch.float32)
+    assert layer(x).shape == conv(x).shape
+    assert repr(layer) == repr(build(SCConv, int, **dict.fromkeys(own, 2)))
+    assert all(type(number) is int for number in (layer.in_channels, layer.sru.channels, *layer.stride))
+    layer.padding = np.array([0, 2])
+    assert layer.padding == (0, 2)
+    assert type(SCConv(16, 16, alpha=np.float32(0.5)).cru.alpha) is float
+
+
+@pytest.mark.parametrize("argument", ["channels", "kernel_size", "stride", "padding", "groups", "gwc_groups"])
+def test_true_is_not_a_number(argument):
+    with pytest.raises(ValueError, match=f"{argument}=True: must be a whole number"):
+        SCConv(True, 16) if argument == "channels" else SCConv(16, 16, **{argument: True})
+
+
+class ConvModule(nn.Module):
+    """What mmcv's block of this name asks of its convolution, in its order."""
+
+    def __init__(self, conv_layer, c1, c2, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True):
+        super().__init__()
+        geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+        self.conv = conv_layer(c1, c2, kernel_size, **geometry, groups=groups, bias=bias)
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "transposed"):
+            setattr(self, name, getattr(self.conv, name))
+        self.output_padding, self.groups = self.conv.output_padding, self.conv.groups
+        if hasattr(self.conv, "weight") and self.conv.weight is not None:
+            nn.init.kaiming_normal_(self.conv.weight)
+        if hasattr(self.conv, "bias") and self.conv.bias is not None:
+            nn.init.constant_(self.conv.bias, 0)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def test_in_a_block_of_mmcv():
+    block, witness = (ConvModule(kind, 16, 32, 3, stride=2, padding=1) for kind in (SCConv, nn.Conv2d))
+    x = randn(2, 16, 9, 8, dtype=torch.float32)
+    assert block(x).shape == witness(x).shape
+    names = [name for name in vars(witness) if not name.startswith("_") and name != "training"]
+    assert {name: getattr(block, name) for name in names} == {name: getattr(witness, name) for name in names}
+    assert count_params(block) == scconv_params(16, 32) + 2 * 16 + 32  # with GWC's two groups, γ, β and a bias
+    with pytest.raises(ValueError, match="groups=16: must be 1"):
+        ConvModule(SCConv, 16, 16, 3, groups=16)
+
+
+@pytest.mark.filterwarnings("ignore:Don't use ConvNormActivation directly")
+def test_in_a_block_of_torchvision():
+    build = torchvision.ops.misc.ConvNormActivation
+    block, witness = build(16, 32, 3, 2, conv_layer=SCConv), build(16, 32, 3, 2)
+    x = randn(2, 16, 9, 8, dtype=torch.float32)
+    assert block(x).shape == witness(x).shape
+    assert count_params(block[0]) == scconv_params(16, 32) + 2 * 16 == 912
+
+
+@pytest.mark.parametrize(
+    "build", [lambda **to: SCConv(16, 32, bias=True, **to), lambda **to: nn.Conv2d(16, 32, 3, **to)]
+)
+def test_reset_parameters_initialises_anew(build):
+    layer = build(device="meta").to_empty(device="cpu")
+    torch.manual_seed(3)
+    layer.reset_parameters()
+    torch.manual_seed(3)
+    for name, tensor in build().state_dict().items():
+        assert torch.equal(layer.state_dict()[name], tensor), name
+
+
+@each_layer
+def test_an_empty_batch_has_gradients_of_zero(build):
+    layer = build()
+    y = layer(torch.empty(0, 8, 4, 5))
+    y.sum().backward()
+    assert y.shape == (0, 8, 4, 5)
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in layer.parameters())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_image_smaller_than_the_kernel_is_the_convolutions_error(order, stride, size):
+    layer, conv = SCConv(8, 8, 3, stride, 0, order=order), nn.Conv2d(8, 8, 3, stride, 0)
+    x = randn(1, 8, *size, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size") as expected:
+        conv(x)
+    with pytest.raises(RuntimeError) as error:
+        layer(x)
+    assert str(error.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_all_branches_pad_as_the_grouped_convolution_does(mode):
+    around, valid = CRU(16, 16, padding=2, dtype=torch.float64), CRU(16, 16, padding=0, dtype=torch.float64)
+    around.gwc.padding_mode = mode
+    valid.load_state_dict(around.state_dict())
+    x = randn(1, 16, 6, 5)
+    assert_close(around(x), valid(F.pad(x, (2, 2, 2, 2), mode=mode)))
 
 
 # ---- bad input ----
@@ -609,8 +730,8 @@ def test_carries_a_convolutions_attributes():
         (lambda: SCConv(16, 16, alpha=0.0), "alpha=0.0: must lie between 0 and 1"),
         (lambda: SCConv(16, 16, fusion="sum"), "fusion='sum': must be one of branch, global"),
         (lambda: SCConv(16, 16, order="both"), "order='both': must be one of"),
-        (lambda: SCConv(16, 16, groups=3), "groups=3: must divide the 4 squeezed upper channels and out_channels=16"),
-        (lambda: SCConv(16, 15), "groups=2: must divide the 4 squeezed upper channels and out_channels=15"),
+        (lambda: SCConv(16, 16, gwc_groups=3), "gwc_groups=3: must divide the 4 squeezed upper channels and out_ch"),
+        (lambda: SCConv(16, 15), "gwc_groups=2: must divide the 4 squeezed upper channels and out_channels=15"),
         (lambda: SCConv(4, 4, squeeze_ratio=4), "squeeze_ratio=4 leave 0 upper and 0 lower channels"),
         (lambda: SCConv(128, 32, alpha=0.25), "out_channels=32: must be at least"),
         (lambda: SCConv(16, 32, order="parallel"), "order='parallel' adds"),
@@ -619,6 +740,14 @@ def test_carries_a_convolutions_attributes():
         (lambda: SCConv(16, 16, padding=-1), "padding=-1: must be a whole number of at least 0"),
         (lambda: SCConv(16, 16)(torch.zeros(1, 8, 4, 4)), r"input of shape \(1, 8, 4, 4\): must be \(N, 16, H, W\)"),
         (lambda: CRU(16, 16)(torch.zeros(16, 4, 4)), r"input of shape \(16, 4, 4\): must be \(N, 16, H, W\)"),
+        (lambda: SCConv(16, 16)(torch.zeros(16, 4, 4)), r"H, W\); x\[None\] is a batch of one image"),
+        (lambda: SCConv(16, 16, groups=4), "groups=4: must be 1, SCConv replaces a dense convolution; .* gwc_groups"),
+        (lambda: SCConv(16, 16, np.int64(4)), "must be odd"),
+        (lambda: SCConv(np.int64(0), 16), r"in_channels=np.int64\(0\): must be a whole number of at least 1"),
+        (lambda: SCConv(16.0, 16), "in_channels=16.0: must be a whole number"),
+        (lambda: SCConv(None, 16), "in_channels=None: must be a whole number"),
+        (lambda: SCConv(16, 16, (3, 3, 3)), r"kernel_size=\(3, 3, 3\): must be a whole number of at least 1, or"),
+        (lambda: SCConv(16, 16, padding=(1.0, 1)), r"padding=\(1.0, 1\): must be a whole number of at least 0, or a"),
         (lambda: SCConv(16, 16, stride=2, padding="same"), "padding='same': needs stride=1, as for nn.Conv2d"),
         (lambda: SCConv(16, 16, padding="full"), "padding='full': must be a whole number of at least 0, or a pair"),
         (lambda: SRU(8)(torch.ones(1, 8, 2, 2, dtype=torch.uint8)), "input of torch.uint8: must be floating point"),

@@ -67,11 +67,11 @@ def test_understands_padding_in_words(padding):
 
 
 def test_a_second_call_changes_nothing():
-    # groups=1 makes the GWC itself a dense 3×3, which must not be replaced in its turn
+    # gwc_groups=1 makes the GWC itself a dense 3×3, which must not be replaced in its turn
     model = torchvision.models.resnet18()
-    replace_conv3x3(model, groups=1)
+    replace_conv3x3(model, gwc_groups=1)
     before = copy.deepcopy(model.state_dict())
-    again = replace_conv3x3(model, groups=1)
+    again = replace_conv3x3(model, gwc_groups=1)
     assert again.replaced == []
     assert model.state_dict().keys() == before.keys()
     for key, value in model.state_dict().items():
