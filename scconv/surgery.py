@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from scconv.layers import CRU, ChannelError, SCConv
+from scconv.layers import CRU, ChannelError, SCConv, whole
 
 
 @dataclass
@@ -43,7 +43,8 @@ def replace_conv3x3(model: nn.Module, *, where: Callable[[str, nn.Conv2d], bool]
         What was replaced, and what was left and why.
 
     Raises:
-        ValueError: an option of `SCConv` is out of its range, or `model` is itself a convolution.
+        ValueError: an option of `SCConv` is out of its range, or `model` is itself a convolution. After this or any
+            other error `model` is as it was.
     """
     return swap_conv3x3(model, lambda conv: _like(conv, **options), where)
 
@@ -65,6 +66,7 @@ def separate_conv3x3(model: nn.Module) -> Surgery:
 
 def group_conv3x3(model: nn.Module, groups: int = 4) -> Surgery:
     """Replace each dense 3×3 convolution, in place, by one in `groups` groups, as ResNeXt has (arXiv:1611.05431)."""
+    groups = whole("groups", groups)
 
     def grouped(conv: nn.Conv2d) -> nn.Conv2d:
         if conv.in_channels % groups or conv.out_channels % groups:
@@ -103,7 +105,7 @@ def cifar_stem(model: nn.Module) -> nn.Module:
     """
     if hasattr(model, "conv1") and hasattr(model, "maxpool"):
         model.conv1, model.maxpool = _small_conv(model.conv1), nn.Identity()
-    elif hasattr(getattr(model, "features", None), "conv0"):
+    elif all(hasattr(getattr(model, "features", None), name) for name in ("conv0", "pool0")):
         stem = _small_conv(model.features.conv0)
         nn.init.kaiming_normal_(stem.weight)  # torchvision's DenseNet scales by the fan-in, its ResNet by the fan-out
         model.features.conv0, model.features.pool0 = stem, nn.Identity()
@@ -120,25 +122,25 @@ def swap_conv3x3(
     """Put `build(conv)` where each suitable convolution is, once for each convolution object."""
     if isinstance(model, nn.Conv2d):
         raise ValueError("model=Conv2d: must contain convolutions, not be one; build SCConv(...) instead")
-    surgery, built = Surgery(), {}
-    for parent, child_name, name, conv in list(_convolutions(model)):
-        if id(conv) in built:
-            setattr(parent, child_name, built[id(conv)])
-            surgery.replaced.append(name)
-            continue
+    if where is not None and not callable(where):
+        raise ValueError(f"where={where!r}: must be a function of a convolution's name and the convolution")
+    surgery, built, plan = Surgery(), {}, []
+    for parent, child_name, name, conv in _convolutions(model):
         reason = _reason_to_leave(conv)
         if reason is None and where is not None and not where(name, conv):
             reason = "not selected"
         try:
-            new = None if reason else build(conv)
+            if reason is None and id(conv) not in built:
+                built[id(conv)] = build(conv)
         except ChannelError as error:
             reason = str(error)
         if reason:
             surgery.left[name] = reason
         else:
-            built[id(conv)] = new
-            setattr(parent, child_name, new)
             surgery.replaced.append(name)
+            plan.append((parent, child_name, built[id(conv)]))
+    for parent, child_name, new in plan:  # only now, so that an error leaves the network as it was
+        setattr(parent, child_name, new)
     return surgery
 
 

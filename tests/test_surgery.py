@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -9,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from scconv import SCConv
-from scconv.surgery import append_scconv, cifar_stem, replace_conv3x3
+from scconv.surgery import append_scconv, cifar_stem, group_conv3x3, replace_conv3x3, separate_conv3x3
 
 
 class TwoUses(nn.Module):
@@ -111,6 +112,50 @@ def test_a_bad_option_changes_nothing():
     with pytest.raises(ValueError, match="alpha=2: must lie between 0 and 1"):
         replace_conv3x3(model, alpha=2)
     assert not any(isinstance(module, SCConv) for module in model.modules())
+
+
+OPERATIONS = {
+    "replace": replace_conv3x3,
+    "append": lambda model: append_scconv(model, after="conv2"),
+    "group": group_conv3x3,
+    "separate": separate_conv3x3,
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_an_error_half_way_leaves_the_network_as_it_was(operation):
+    model = torchvision.models.resnet18()
+    model.layer3[0].conv2.out_channels = 256.0  # which no constructor takes
+    modules, state = dict(model.named_modules()), copy.deepcopy(model.state_dict())
+    with pytest.raises((ValueError, TypeError)):
+        operation(model)
+    assert dict(model.named_modules()) == modules
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_error_in_where_leaves_the_network_as_it_was():
+    model = torchvision.models.resnet18()
+    with pytest.raises(KeyError):
+        replace_conv3x3(model, where=lambda name, conv: {"layer1.0.conv1": True}[name])
+    assert not any(isinstance(module, SCConv) for module in model.modules())
+    with pytest.raises(ValueError, match="^where='layer1': must be a function of a convolution's name and"):
+        replace_conv3x3(model, where="layer1")
+
+
+def test_where_may_choose_one_of_two_uses():
+    model = TwoUses()
+    surgery = replace_conv3x3(model, where=lambda name, conv: name == "again")
+    assert (surgery.replaced, surgery.left["first"]) == (["again"], "not selected")
+    assert (type(model.first), type(model.again)) == (nn.Conv2d, SCConv)
+
+
+def test_widths_may_be_numpys():
+    width = np.int64(16)
+    model = nn.Sequential(nn.Conv2d(3, width, 3), nn.Conv2d(width, width, 3), nn.Conv2d(width, 2 * width, 3, bias=False))
+    x = torch.randn(1, 3, 9, 9)
+    shape = model(x).shape
+    assert replace_conv3x3(model).replaced == ["1", "2"]
+    assert model(x).shape == shape
 
 
 def test_a_convolution_by_itself_is_named():
