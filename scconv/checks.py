@@ -3,6 +3,10 @@
 from collections.abc import Iterable
 
 
+def one_line(words: object) -> str:
+    return " ".join(str(words).split())
+
+
 def check_choice(argument: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{argument}={value!r}: must be one of {', '.join(allowed)}")

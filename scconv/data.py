@@ -5,14 +5,15 @@ augmentation is a function of that batch on its device. Photographs (Food-101) a
 worker processes. In both, everything random is a function of (seed, epoch) alone, or of (seed, epoch, image): there is
 no generator whose state a resumed run would have to restore, and several processes draw what one process draws.
 
-Where sets are looked for: `root`, else the environment variable SCCONV_DATA, else ./data. Nothing is downloaded unless
+Where sets are looked for: `root`, else the environment variable SCCONV_DATA, else `data` in this project's checkout, for
+its notebooks and its commands alike, else, with an installed package, ./data. Nothing is downloaded unless
 `download=True`.
 """
 
 import hashlib
+import http.client
 import json
 import os
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,13 +26,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR100, Food101
+from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
-from scconv.checks import check_at_least, check_choice
-from scconv.files import atomic_file
+from scconv.checks import check_at_least, check_choice, one_line
+from scconv.files import atomic_file, expand
 
 IMAGE_SIZES = {"digits": 32, "cifar100": 32, "food101": 224}  # pixels, unless another size is asked for
 DATA_NAMES = tuple(IMAGE_SIZES)
+FETCH_ERRORS = (OSError, RuntimeError, http.client.HTTPException)  # of torchvision's downloads
+CHECKOUT = Path(__file__).resolve().parents[1]
+FOOD101 = "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"  # where torchvision fetches it
 PADDING = 4  # pixels; the paper's: random crop with 4-pixel padding
 # Mean and standard deviation of ImageNet's training set, as torchvision's documentation gives them for its models.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -108,12 +113,15 @@ def load_data(
 ) -> ImageData:
     """Load one of `DATA_NAMES`.
 
+    `root` is the folder that has the sets: by default the environment variable SCCONV_DATA, else `data` in this
+    project's checkout, whichever folder a notebook or command runs in, else, with an installed package, ./data.
+
     `image_size` is the side in pixels, by default that of `IMAGE_SIZES`: any from 8 for `digits`, 32 for `cifar100`,
     any from 32 for `food101`. `workers` decode photographs (default: one per processor, at most 8); the in-memory sets
     need none. Raises ValueError, in one line, for an unknown name, a size that the set cannot have, a set that is not
-    there, and a file that cannot be read.
+    there, a download that fails, and a file that cannot be read; for a photograph, when its batch is asked for.
     """
-    root = Path(root or os.environ.get("SCCONV_DATA") or "data")
+    root = expand(root or os.environ.get("SCCONV_DATA") or default_root())
     check_choice("data", name, DATA_NAMES)
     image_size = IMAGE_SIZES[name] if image_size is None else image_size
     if name == "digits":
@@ -123,6 +131,11 @@ def load_data(
     if image_size != 32:
         raise ValueError(f"image_size={image_size}: must be 32 for cifar100")
     return load_cifar100(root, download)
+
+
+def default_root() -> Path:
+    """`data` in the checkout that this file is in; ./data where the package is installed."""
+    return CHECKOUT / "data" if (CHECKOUT / "pyproject.toml").exists() else Path("data")
 
 
 def load_digit_images(image_size: int = 32) -> ImageData:
@@ -152,7 +165,11 @@ def load_cifar100(root: Path, download: bool = False) -> ImageData:
 def pack_cifar100(root: Path, split: str, cache: Path, download: bool) -> None:
     try:
         source = CIFAR100(root, train=split == "train", download=download)
-    except RuntimeError as error:  # torchvision's word for "not there" and for "there, but damaged"
+    except FETCH_ERRORS as error:
+        if download:
+            raise not_fetched("cifar100", CIFAR100.url, root, error) from error
+        if not isinstance(error, RuntimeError):  # torchvision's word for "not there" and for "there, but damaged"
+            raise
         raise missing("cifar100", root, "cifar100/train.npz and test.npz, or cifar-100-python") from error
     cache.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(cache) as file:
@@ -164,7 +181,7 @@ def read_packed(path: Path) -> tuple[tuple[Tensor, Tensor], tuple[str, ...]]:
     try:
         with np.load(path, allow_pickle=False) as packed:
             images, labels, classes = packed["images"], packed["labels"], packed["classes"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file fails in many ways, and all mean the same to the reader
         raise unreadable(path, str(error) or type(error).__name__) from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
         raise unreadable(path, f"images are {images.dtype} {images.shape}, expected uint8 (N, 32, 32, 3)")
@@ -184,15 +201,13 @@ def load_food101(root: Path, image_size: int = 224, download: bool = False, work
     resized to 256/224 of `image_size`, centre crop. Both are torchvision's for ImageNet.
     """
     check_at_least(32, image_size=image_size)
-    try:
-        train, test = (Food101(root, split, download=download) for split in ("train", "test"))
-    except RuntimeError as error:
-        raise missing("food101", root, "food-101/meta and food-101/images") from error
-    except (OSError, json.JSONDecodeError) as error:
-        raise unreadable(root / "food-101" / "meta", str(error)) from error
+    meta, images = root / "food-101" / "meta", root / "food-101" / "images"
+    if not (meta.is_dir() and images.is_dir()):
+        fetch_food101(root, download)
+    train, test = (read_food101(root, split) for split in ("train", "test"))
     for name in train.classes:
-        if not (root / "food-101" / "images" / name).is_dir():
-            raise unreadable(root / "food-101" / "images", f"no folder of the class {name!r}, which meta lists")
+        if not (images / name).is_dir():
+            raise unreadable(images, f"no folder of the class {name!r}, which meta lists")
     crop = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
     centre = v2.Compose([v2.Resize(round(image_size * 256 / 224)), v2.CenterCrop(image_size), v2.PILToTensor()])
     return ImageData(
@@ -208,6 +223,32 @@ def load_food101(root: Path, image_size: int = 224, download: bool = False, work
     )
 
 
+def fetch_food101(root: Path, download: bool) -> None:
+    if not download:
+        raise missing("food101", root, "food-101/meta and food-101/images")
+    try:
+        Food101(root, download=True)
+    except FETCH_ERRORS as error:
+        raise not_fetched("food101", FOOD101, root, error) from error
+
+
+def read_food101(root: Path, split: str) -> Food101:
+    try:
+        return Food101(root, split, loader=load_photograph)
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # not there, not JSON, not a dict of lists
+        path = root / "food-101" / "meta" / f"{split}.json"
+        raise unreadable(path, str(error), delete=f"the folder {path.parent}") from error
+
+
+def load_photograph(path: Path):
+    """A PIL image; the error names the file."""
+    try:
+        return default_loader(path)
+    except Exception as error:  # a damaged file fails in many ways, and all mean the same to the reader
+        whole = f"the folder {path.parents[1]}, or replace the image"
+        raise unreadable(path, str(error) or type(error).__name__, delete=whole) from error
+
+
 def food101_names(root: Path) -> tuple[str, ...]:
     """The names of the test images in the order of torchvision's `Food101`."""
     listed = json.loads((root / "food-101" / "meta" / "test.json").read_text(encoding="utf-8"))
@@ -221,9 +262,19 @@ def missing(name: str, root: Path, looked_for: str) -> ValueError:
     )
 
 
-def unreadable(path: Path, reason: str) -> ValueError:
-    reason = " ".join(reason.split())
-    return ValueError(f"{path}: cannot be read ({reason}); delete it and load again with download=True (--download)")
+def not_fetched(name: str, address: str, root: Path, error: Exception) -> ValueError:
+    # torchvision's RuntimeError is about the checksum
+    reason = "not the archive: an error page, or cut short" if isinstance(error, RuntimeError) else error
+    return ValueError(
+        f"{name}: could not be fetched from {address} into {root} ({one_line(reason)}); check the connection and try "
+        "again, or fetch it elsewhere and unpack it there"
+    )
+
+
+def unreadable(path: Path, reason: str, delete: str = "it") -> ValueError:
+    return ValueError(
+        f"{path}: cannot be read ({one_line(reason)}); delete {delete} and load again with download=True (--download)"
+    )
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------
@@ -308,9 +359,17 @@ def photograph_batches(
         photographs, batch_sampler=addresses, num_workers=data.workers, pin_memory=pinned, generator=torch.Generator()
     )  # what it draws must not move torch's own generator
     mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
-    for images, labels in loader:
+    for images, labels in in_one_line(loader):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         yield normalise(images, mean, std), labels
+
+
+def in_one_line(loader: DataLoader) -> Iterator:
+    """Its batches. A worker's error comes with the worker's traceback as text, whose last line is the error's own."""
+    try:
+        yield from loader
+    except ValueError as error:
+        raise ValueError(str(error).strip().rpartition("\n")[2].removeprefix("ValueError: ")) from error
 
 
 def photograph_addresses(indices: list[int], seed: int, epoch: int) -> list[tuple[int, int]]:

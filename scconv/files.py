@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and checksums of what is in them."""
+"""Names of files, files that are whole or not there, and checksums of what is in them."""
 
 import hashlib
 import json
@@ -7,6 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+
+def expand(path: str | Path) -> Path:
+    """The path with `~` as the home folder, also where no shell has seen it. Every path that a user gives goes here."""
+    return Path(os.path.expanduser(path))
 
 
 @contextmanager

@@ -1,6 +1,9 @@
 """The image sets and their batches, held against slow loops and counts made by other means."""
 
+import http.server
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -323,6 +326,83 @@ def test_a_missing_set_says_where_it_looked_and_the_two_ways(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_home_folder_is_known_by_its_sign(tmp_path, monkeypatch):
+    write_cache(tmp_path / "sets")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert load_data("cifar100", root="~/sets").num_train == 6
+    monkeypatch.setenv("SCCONV_DATA", "~/sets")
+    assert load_data("cifar100").num_train == 6
+
+
+def test_a_notebook_and_a_command_look_in_one_place(tmp_path, monkeypatch):
+    """In a checkout in its data/, wherever they run; with an installed package in ./data."""
+    monkeypatch.delenv("SCCONV_DATA", raising=False)
+    root = Path(data_module.__file__).parents[1]
+    for folder in (root, root / "notebooks", tmp_path):
+        monkeypatch.chdir(folder)
+        assert data_module.default_root() == root / "data"
+    monkeypatch.setattr(data_module, "CHECKOUT", tmp_path / "site-packages")
+    write_cache(tmp_path / "data")
+    assert load_data("cifar100").num_train == 6
+
+
+# ---- downloads -----------------------------------------------------------------------------------------------------
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    """Of a server that has no archive: 404, a page in its place, or the first bytes of one."""
+
+    def do_GET(self):
+        if self.path.startswith("/404"):
+            return self.send_error(404)
+        content = b"<html>Please log in</html>" if self.path.startswith("/html") else b"\x1f\x8b" + bytes(1000)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content) + 5000 * self.path.startswith("/cut")))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def address(monkeypatch):
+    """Of a server on this machine."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("name", ["cifar100", "food101"])
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/404", "HTTP Error 404"),
+        ("/html", "not the archive: an error page, or cut short"),
+        ("/cut", "not the archive: an error page, or cut short"),
+        (None, "Connection refused"),
+    ],
+)
+def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch, address, name, path, reason):
+    url = f"{address}{path}.tar.gz" if path else "http://127.0.0.1:1/no.tar.gz"
+    monkeypatch.setattr(data_module.CIFAR100, "url", url)
+    monkeypatch.setattr(data_module.Food101, "_URL", url)
+    monkeypatch.setattr(data_module, "FOOD101", url)
+    with pytest.raises(ValueError, match=f"^{name}: could not be fetched from {url} into {tmp_path} ") as error:
+        load_data(name, root=tmp_path, download=True)
+    assert reason in str(error.value)
+    assert "check the connection" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_address_is_torchvisions():
+    assert data_module.FOOD101 == data_module.Food101._URL
+
+
 @pytest.mark.parametrize(
     ("name", "image_size", "message"),
     [
@@ -399,6 +479,26 @@ def test_food101_without_a_class_folder_is_refused(food):
     (food / "food-101" / "images" / "soup").rename(food / "elsewhere")
     with pytest.raises(ValueError, match="no folder of the class 'soup'"):
         load_data("food101", root=food, image_size=32)
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"pie": ["pie/tr', b"[1]", b'{"pie": 3}', b"\xff\xfe"])
+def test_food101_with_a_damaged_list_is_refused(food, content):
+    path = food / "food-101" / "meta" / "test.json"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"test\.json: cannot be read .*delete the folder {path.parent} and") as error:
+        load_data("food101", root=food, image_size=32)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage", [lambda content: content[:700], lambda content: b"<html>", None])
+def test_a_damaged_photograph_is_named_in_one_line(food, workers, damage):
+    path = food / "food-101" / "images" / "soup" / "train3.jpg"
+    path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
+    data = load_data("food101", root=food, image_size=32, workers=workers)
+    with pytest.raises(ValueError, match=rf"^{path}: cannot be read \(.*replace the image") as error:
+        list(train_batches(data, 4, 0, 1))
+    assert "\n" not in str(error.value)
 
 
 def write_half(path):

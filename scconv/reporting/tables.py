@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from scconv.files import expand
 from scconv.reporting.recorded import RESULTS
 from scconv.training.paired import Comparison, compare_runs
 from scconv.training.recipes import RECIPES, build_recipe
@@ -39,8 +40,9 @@ KEYS = ["data", "recipe", "epochs", "network", "setting"]  # runs that differ in
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def read_runs(folder: Path = RESULTS / "runs") -> list[dict]:
+def read_runs(folder: str | Path = RESULTS / "runs") -> list[dict]:
     """All runs in `folder`, by name. Those on a part of the training images (`limit_train_batches`) are left out."""
+    folder = expand(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: not a folder with result files; name another with --folder")
     runs = [read_run(path) for path in sorted(folder.glob("*.json"))]

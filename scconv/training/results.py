@@ -17,7 +17,7 @@ from torch import nn
 
 from scconv import __version__
 from scconv.data import test_image_ids
-from scconv.files import atomic_file, checksum
+from scconv.files import atomic_file, checksum, expand
 from scconv.models import build_model
 from scconv.pretrained import FOLDER
 from scconv.training.checkpoint import RunState
@@ -99,12 +99,13 @@ def describe_run(run: Run, history: list[dict], counts: dict, device: torch.devi
     }
 
 
-def read_run(path: Path) -> dict:
+def read_run(path: str | Path) -> dict:
     """One run's result file.
 
     Raises:
         ValueError: it is cut short, misses a field, is not as the run wrote it, or has a format of another version.
     """
+    path = expand(path)
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         missing = FIELDS - result.keys()
@@ -125,7 +126,7 @@ def load_trained(path: str | Path) -> nn.Module:
 
     Raises ValueError when the weights are missing, or one of the two files is not the one that the run wrote.
     """
-    path = Path(path)
+    path = expand(path)
     result = read_run(path)
     name = result["weights"]["file"]
     weights = next((folder / name for folder in (path.parent, FOLDER) if (folder / name).exists()), None)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from scconv.data import IMAGE_SIZES, ImageData, load_data
+from scconv.files import expand
 from scconv.models import build_model
 from scconv.training.checkpoint import find_checkpoints, load_checkpoint
 from scconv.training.distributed import start_processes
@@ -69,11 +70,15 @@ class Run:
         return min(steps, self.options.limit_train_batches or steps)
 
     @property
+    def out(self) -> Path:
+        return expand(self.options.out)
+
+    @property
     def checkpoint(self) -> Path:
         return self.path(".checkpoint.pt")
 
     def path(self, suffix: str) -> Path:
-        return Path(self.options.out, f"{self.name}{suffix}")
+        return self.out / f"{self.name}{suffix}"
 
     def identity(self) -> dict:
         """What must be the same for a checkpoint to be continued."""
@@ -105,7 +110,7 @@ def prepare_run(model: str, data: str | ImageData, *arguments, **options) -> Run
     """
     options = Options(model, data, *arguments, **options)
     recipe, changed = choose_recipe(options)
-    check_folder(Path(options.out))
+    check_folder(expand(options.out))
     if not isinstance(data, ImageData):
         source = {key: getattr(options, key) for key in ("image_size", "download", "workers")}
         data = load_data(data, root=options.data_root, **source)
