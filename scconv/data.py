@@ -5,8 +5,8 @@ augmentation is a function of that batch on its device. Photographs (Food-101) a
 worker processes. In both, everything random is a function of (seed, epoch) alone, or of (seed, epoch, image): there is
 no generator whose state a resumed run would have to restore, and several processes draw what one process draws.
 
-Where sets are looked for: `root`, else the environment variable SCCONV_DATA, else `data` in this project's checkout, for
-its notebooks and its commands alike, else, with an installed package, ./data. Nothing is downloaded unless
+Where sets are looked for: `root`, else the environment variable SCCONV_DATA, else `data` in this project's checkout,
+for its notebooks and its commands alike, else, with an installed package, ./data. Nothing is downloaded unless
 `download=True`.
 """
 

@@ -14,16 +14,14 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-import safetensors
 import torch
 import torch.nn.functional as F
 import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from scconv.layers import ORDERS, SCConv
-from scconv.pretrained import CIFAR100, find_pretrained
+from scconv.pretrained import CIFAR100, find_pretrained, is_file_name, load_weights
 from scconv.surgery import append_scconv, cifar_stem, group_conv3x3, replace_conv3x3, separate_conv3x3
 
 TORCHVISION = ("resnet34", "resnet50", "resnet101", "densenet121")
@@ -47,6 +45,7 @@ def build_model(
     num_classes: int | None = None,
     small_images: bool = False,
     weights: str | Path | None = None,
+    new_head: bool = False,
     **scconv_options,
 ) -> nn.Module:
     """Build a network that maps images (N, 3, H, W) to logits (N, num_classes).
@@ -56,8 +55,11 @@ def build_model(
         num_classes: at least 1; by default that of the shipped weights, where they are asked for, else 10.
         small_images: a 3×3 stem of stride 1 without max-pool, for images of 64 pixels or less. The CIFAR ResNets
             (`resnet20`, `resnet32`, `resnet56`) have it anyway.
-        weights: `"cifar100"`, for a network that comes with the package (`scconv.pretrained`), or a safetensors file of
-            this network's state dict; None means fresh weights.
+        weights: `"cifar100"`, for a network that comes with the package (`scconv.pretrained`), or a file with this
+            network's state dict: safetensors, or `.pt` or `.pth`, of which only tensors are read. None means fresh
+            weights. The prefixes that `nn.DataParallel` and `torch.compile` put before names don't matter.
+        new_head: leave the classifier's own fresh weights and load all the others, to fine-tune to other classes.
+            Without it weights for another number of classes are refused, so that none is dropped unasked.
         scconv_options: keywords of `SCConv`, or `where` of `replace_conv3x3`; only for networks with SCConv.
 
     Raises:
@@ -65,7 +67,9 @@ def build_model(
     """
     if name not in model_names():
         raise ValueError(f"name={name!r}: must be one of {', '.join(model_names())}")
-    shipped = isinstance(weights, str) and not weights.endswith(".safetensors")
+    if new_head and weights is None:
+        raise ValueError("new_head=True: without weights every layer is fresh; name some by weights=")
+    shipped = isinstance(weights, str) and not is_file_name(weights)
     if shipped:
         weights = find_pretrained(name, weights)
     if num_classes is None:
@@ -83,7 +87,7 @@ def build_model(
         replace_conv3x3(model, order=order, **scconv_options)
     initialise_scconv(model)
     if weights is not None:
-        _load_weights(model, name, num_classes, Path(weights))
+        load_weights(model, name, weights, new_head)
     return model
 
 
@@ -202,19 +206,3 @@ def _stage(in_channels: int, channels: int, blocks: int) -> nn.Sequential:
         in_channels, channels, 2 if widens else 1, PaddedShortcut(channels - in_channels) if widens else None
     )
     return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
-
-
-def _load_weights(model: nn.Module, name: str, num_classes: int, path: Path) -> None:
-    try:
-        state = load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"weights={str(path)!r}: not a readable safetensors file ({error})") from error
-    heads = [tensor.shape[0] for key, tensor in state.items() if key in ("fc.weight", "classifier.weight")]
-    if heads and heads[0] != num_classes:
-        raise ValueError(f"num_classes={num_classes}: the weights in {path.name} are for {heads[0]} classes")
-    own = model.state_dict()
-    wrong = [key for key in own.keys() | state.keys() if key not in own or key not in state
-             or own[key].shape != state[key].shape]  # fmt: skip
-    if wrong:
-        raise ValueError(f"weights={path.name!r}: do not fit {name}, {len(wrong)} entries differ, such as {min(wrong)}")
-    model.load_state_dict({key: tensor.to(own[key].dtype) for key, tensor in state.items()})

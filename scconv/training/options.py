@@ -48,7 +48,9 @@ class Options:
     channels_last: bool = option("memory format of the network", default=False)
     threads: int | None = option("of the processor, for one operation", metavar="N", default=None)
     scconv: dict | None = option("an option of SCConv, such as gate=hard; may be repeated", default=None)
-    data_root: str | Path | None = option("where the sets are: else SCCONV_DATA, else data/ in the checkout, or here", default=None)
+    data_root: str | Path | None = option(
+        "of the sets: else SCCONV_DATA, else data/ of the checkout or here", default=None
+    )
     download: bool = option("fetch a set that is not there", default=False)
     workers: int | None = option("processes that decode photographs", metavar="N", default=None)
     time_budget: float | None = option("stop before, to be resumed", metavar="SECONDS", default=None)
