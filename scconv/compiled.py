@@ -40,6 +40,7 @@ METHODS = {  # what each part computes, as it was when this module was imported
         SRU: ("forward", "gate_logits", "gate_weights"),
         CRU: ("forward", "at_kernel_centre", "transform", "fusion_weights"),
         WeightedGroupNorm: ("forward",),
+        nn.GroupNorm: ("forward",),
         nn.Conv2d: ("forward", "_conv_forward"),
     }.items()
 }
@@ -134,16 +135,20 @@ def reason_to_leave(layer: SCConv) -> str | None:
     sru, cru = layer.sru, layer.cru
     if cru.fusion != "branch":
         return f"fusion={cru.fusion!r}, must be 'branch': the rewrite uses that β1 + β2 = 1"
-    parts = {"sru": sru, "gn": sru.gn, "cru": cru, "gwc": cru.gwc}
+    units = {"sru": (sru, SRU), "gn": (sru.gn, WeightedGroupNorm), "cru": (cru, CRU)}
     pointwise = {"squeeze_up": cru.squeeze_up, "squeeze_low": cru.squeeze_low, "pwc_up": cru.pwc_up}
     if cru.pwc_low is not None:
         pointwise["pwc_low"] = cru.pwc_low
-    for name, part in (parts | pointwise).items():  # in a loop of its own, or Dynamo would not guard all of it
+    return reason_in_parts(units, cru.gwc, pointwise)
+
+
+def reason_in_parts(units: dict, gwc: nn.Module, pointwise: dict[str, nn.Module]) -> str | None:
+    """The same for the parts: units {name: (module, its class)}, the k×k convolution, and the 1×1 ones by name."""
+    parts = units | {name: (conv, nn.Conv2d) for name, conv in {"gwc": gwc, **pointwise}.items()}
+    for name, (part, _) in parts.items():  # in a loop of its own, or Dynamo would not guard all of it
         if is_watched(part):
             return f"a hook on {name}"
-    kinds = {"sru": SRU, "gn": WeightedGroupNorm, "cru": CRU}
-    for name, part in (parts | pointwise).items():
-        kind = kinds.get(name, nn.Conv2d)
+    for name, (part, kind) in parts.items():
         if type(part) is not kind:
             return f"{name} is a {type(part).__name__}, not a {kind.__name__}"
         for method, text in METHODS[kind].items():
@@ -154,8 +159,8 @@ def reason_to_leave(layer: SCConv) -> str | None:
     for name, conv in pointwise.items():
         if (conv.stride, conv.padding, conv.groups, conv.padding_mode, conv.bias) != ((1, 1), (0, 0), 1, "zeros", None):
             return f"{name} is not the 1×1 convolution that was built"
-    if cru.gwc.padding_mode != "zeros":
-        return f"padding_mode={cru.gwc.padding_mode!r} of gwc, must be 'zeros'"
+    if gwc.padding_mode != "zeros":
+        return f"padding_mode={gwc.padding_mode!r} of gwc, must be 'zeros'"
     return None
 
 
@@ -168,9 +173,7 @@ def is_watched(module: nn.Module) -> bool:
 
 def is_ordinary(x: Tensor, layer: SCConv, tensors: list[Tensor | None]) -> bool:
     """Whether x suits the layer, and all are tensors of numbers that compiled code can read."""
-    # Before torch 2.14 Dynamo answers that it exports even where it only compiles.
-    exporting = torch.compiler.is_exporting() and not (OLD and torch.compiler.is_dynamo_compiling())
-    if exporting or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
+    if is_exporting() or type(x) not in (Tensor, nn.Parameter):
         return False
     if x.ndim != 4 or not x.shape[1] == layer.sru.channels == layer.cru.in_channels or not x.numel() or x.is_meta:
         return False
@@ -179,10 +182,17 @@ def is_ordinary(x: Tensor, layer: SCConv, tensors: list[Tensor | None]) -> bool:
     lower = torch.is_autocast_enabled(x.device.type) and torch.float64 not in types and x.is_floating_point()
     if (len(types) > 1 and not lower) or any(t.device != x.device for t in tensors):
         return False  # as for nn.Conv2d an error
-    return torch.compiler.is_compiling() or all(map(_is_plain, tensors))
+    return torch.compiler.is_compiling() or all(map(is_plain, tensors))
 
 
-def _is_plain(t: Tensor) -> bool:
+def is_exporting() -> bool:
+    """Whether torch.export, torch.onnx or torch.jit.trace writes down what runs."""
+    # Before torch 2.14 Dynamo answers that it exports even where it only compiles.
+    exporting = torch.compiler.is_exporting() and not (OLD and torch.compiler.is_dynamo_compiling())
+    return exporting or torch.jit.is_tracing()
+
+
+def is_plain(t: Tensor) -> bool:
     """Not a stand-in (of torch.func, of a sharded or fake tensor), and without a tangent of forward-mode AD."""
     try:
         t.data_ptr()

@@ -10,11 +10,23 @@ import warnings
 from collections import Counter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from scconv.compiled import is_watched, own_tensors, plan_of, prepare, reason_to_leave, rewrite, run_compiled
+from scconv.compiled import (
+    is_exporting,
+    is_plain,
+    is_watched,
+    own_tensors,
+    plan_of,
+    prepare,
+    reason_in_parts,
+    reason_to_leave,
+    rewrite,
+    run_compiled,
+)
 from scconv.layers import SCConv, check_input
 
 
@@ -22,6 +34,9 @@ class FoldedSCConv(nn.Module):
     """An SCConv in evaluation mode and the batch norm behind it, (N, C1, H, W) to (N, C2, H', W').
 
     Computes in the precision of its weights, under autocast too. It has no gradients: asking for one is an error.
+
+    Its parts are a group norm and five convolutions. They are called one by one, as exporters, quantisers and counters
+    need it, wherever one of them has a hook or was changed, and under torch.fx, torch.export, torch.jit.trace and vmap.
     """
 
     def __init__(self, scconv: SCConv, norm: nn.BatchNorm2d | None):
@@ -36,39 +51,83 @@ class FoldedSCConv(nn.Module):
             factor, offset = factor.to(gwc), offset.to(gwc)
             gwc, pwc_up = gwc * factor[:, None, None, None], pwc_up * factor[:, None, None, None]
             bias, lower = None if bias is None else bias * factor, lower * factor[:, None]
-        tensors = {
-            "scale": scale, "shift": shift, "squeeze_up": squeeze_up, "squeeze_low": squeeze_low, "gwc": gwc,
-            "pwc_up": pwc_up, "bias": bias, "lower": lower,
-            "back": (1 / factor.to(wide))[:, None, None], "offset": offset[:, None, None],
-        }  # fmt: skip
-        for name, tensor in tensors.items():
-            self.register_buffer(name, None if tensor is None else tensor.detach().clone())
+        plan = self.plan
+        self.gn = _frozen(nn.GroupNorm(plan.gn_groups, len(scale), plan.eps, device="meta"), scale, shift)
+        self.squeeze_up, self.squeeze_low, self.pwc_up = map(_convolution, (squeeze_up, squeeze_low, pwc_up))
+        self.gwc = _convolution(gwc, bias, plan.stride, plan.padding, plan.dilation, plan.groups)
+        self.lower = _convolution(lower[:, :, None, None])  # [PWC2; I] of Eq. (6)
+        self.register_buffer("back", (1 / factor.to(wide))[:, None, None])
+        self.register_buffer("offset", offset[:, None, None].clone())
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(x, self.in_channels)
-        device, compiling = x.device.type, torch.compiler.is_compiling()
-        if x.dtype != self.gwc.dtype and not torch.is_autocast_enabled(device):
-            raise ValueError(f"input of {x.dtype}: must be {self.gwc.dtype}, as the weights are")
-        asked = torch.is_grad_enabled() and x.requires_grad
-        if (asked and compiling) or (not compiling and unpack_dual(x).tangent is not None):
-            raise RuntimeError(NO_GRADIENT)
+        pointwise = {name: getattr(self, name) for name in ("squeeze_up", "squeeze_low", "pwc_up", "lower")}
+        reason = reason_in_parts({"gn": (self.gn, nn.GroupNorm)}, self.gwc, pointwise)
+        if isinstance(x, fx.Proxy) or is_exporting() or reason:
+            return self.part_by_part(x)
+        device, dtype, compiling = x.device.type, self.gwc.weight.dtype, torch.compiler.is_compiling()
+        if x.dtype != dtype and not torch.is_autocast_enabled(device):
+            raise ValueError(f"input of {x.dtype}: must be {dtype}, as the weights are")
         tensors = (
-            self.scale, self.shift, self.squeeze_up, self.squeeze_low, self.gwc, self.pwc_up, self.bias, self.lower,
+            self.gn.weight, self.gn.bias, self.squeeze_up.weight, self.squeeze_low.weight, self.gwc.weight,
+            self.pwc_up.weight, self.gwc.bias, self.lower.weight.flatten(1),
         )  # fmt: skip
+        asked = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        stand_in = not compiling and not is_plain(x)  # of torch.func, or a subclass
+        if (asked and (compiling or stand_in)) or (not compiling and unpack_dual(x).tangent is not None):
+            raise RuntimeError(NO_GRADIENT)
+        if stand_in:
+            return self.part_by_part(x)
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            arguments = x.to(self.gwc.dtype), *tensors, self.plan, (self.back, self.offset)
+            arguments = x.to(dtype), *tensors, self.plan, (self.back, self.offset)
             y = rewrite(*arguments) if compiling or not self.compiler else run_compiled(rewrite, self, *arguments)
-        return NoGradient.apply(x, y) if asked else y
+        return NoGradient.apply(x, y, self.gwc.weight) if asked else y
+
+    def part_by_part(self, x: Tensor) -> Tensor:
+        """Eq. (1)-(9) as a group norm and five convolutions."""
+        plan, z = self.plan, self.gn(x.to(self.gn.weight.dtype))  # (1) and (2), (N, C1, H, W)
+        informative, weight = z > plan.threshold, torch.sigmoid(z)
+        w1 = torch.where(informative, 1.0, weight if plan.soft else 0.0)  # (3)
+        w2 = torch.where(informative, 0.0, weight if plan.soft else 1.0)
+        x11, x12 = (w1.to(x.dtype) * x).chunk(2, dim=1)
+        x21, x22 = (w2.to(x.dtype) * x).chunk(2, dim=1)
+        x = torch.cat([x11 + x22, x21 + x12], dim=1)  # (4)
+        x_up, x_low = x.split([plan.up_channels, self.in_channels - plan.up_channels], dim=1)
+        x_up, x_low = self.squeeze_up(x_up), self.squeeze_low(self.at_centre(x_low))
+        y1 = self.gwc(x_up) + self.pwc_up(self.at_centre(x_up))  # (5), (N, C2, H', W')
+        y2 = self.lower(x_low)  # (6)
+        difference = (y1 - y2).mean((2, 3), keepdim=True, dtype=self.back.dtype)  # (7)
+        beta1 = torch.sigmoid(difference * self.back).to(self.gwc.weight.dtype)  # (8)
+        return beta1 * y1 + (1 - beta1) * y2 + self.offset  # (9)
+
+    def at_centre(self, x: Tensor) -> Tensor:
+        """As `CRU.at_kernel_centre`."""
+        (rows, columns), (down, right) = self.plan.margin, self.plan.stride
+        x = F.pad(x, (columns, columns, rows, rows)) if rows or columns else x
+        return x if (down, right) == (1, 1) else x[:, :, ::down, ::right]
+
+
+def _convolution(weight: Tensor, bias: Tensor | None = None, *geometry) -> nn.Conv2d:
+    """Frozen, of this weight; geometry: stride, padding, dilation, groups."""
+    channels = weight.shape[1] * (geometry[3] if geometry else 1)
+    conv = nn.Conv2d(channels, len(weight), weight.shape[2:], *geometry, bias=bias is not None, device="meta")
+    return _frozen(conv, weight, bias)
+
+
+def _frozen(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        setattr(module, name, None if tensor is None else nn.Parameter(tensor.detach().clone(), requires_grad=False))
+    return module
 
 
 NO_GRADIENT = "FoldedSCConv: has no gradients, take them from the network before fuse_for_inference"
 
 
 class NoGradient(torch.autograd.Function):
-    """y, (N, C2, H', W'), as a function of x whose derivative is an error."""
+    """y, (N, C2, H', W'), as a function of x and a weight whose derivative is an error."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         return y.view_as(y)
 
     @staticmethod
