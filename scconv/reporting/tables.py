@@ -15,9 +15,9 @@ import pandas as pd
 
 from scconv.files import expand
 from scconv.reporting.recorded import RESULTS
+from scconv.training.hits import read_run_with_hits, recompute_hits
 from scconv.training.paired import Comparison, compare_runs
 from scconv.training.recipes import RECIPES, build_recipe
-from scconv.training.results import read_run
 
 TITLES = {"cifar100": "CIFAR-100", "food101": "Food-101", "digits": "digits"}
 MISSION = ("resnet50", "scconv_resnet50", "densenet121", "scconv_densenet121")
@@ -45,7 +45,7 @@ def read_runs(folder: str | Path = RESULTS / "runs") -> list[dict]:
     folder = expand(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: not a folder with result files; name another with --folder")
-    runs = [read_run(path) for path in sorted(folder.glob("*.json"))]
+    runs = [read_run_with_hits(path) for path in sorted(folder.glob("*.json"))]
     return [run for run in runs if run["limit_train_batches"] is None]
 
 
@@ -220,10 +220,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=RESULTS / "runs", help="of the result files")
     pair = "hold two runs' result files against each other, image by image where they say which they had right"
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help=pair)
+    hits = "evaluate runs' weights, and keep in hits/ which test images they have right"
+    parser.add_argument("--recompute-hits", type=Path, nargs="+", metavar="RUN.json", help=hits)
+    parser.add_argument("--data-root", type=Path, help="of the test images: else as for scconv train")
     given = parser.parse_args(arguments)
     try:
+        if given.recompute_hits:
+            for path in given.recompute_hits:
+                print(recompute_hits(path, given.data_root))
+            return 0
         if given.compare:
-            first, second = map(read_run, given.compare)
+            first, second = map(read_run_with_hits, given.compare)
             print(show_comparison(first, second))
             return 0
         runs = read_runs(given.folder)
