@@ -56,7 +56,7 @@ def recompute_hits(path: str | Path, data_root: str | Path | None = None) -> Pat
 
 
 def hits_path(run_path: Path) -> Path:
-    return run_path.parent.parent / "hits" / run_path.name
+    return run_path.resolve().parents[1] / "hits" / run_path.name
 
 
 def read_run_with_hits(path: str | Path) -> dict:
