@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from scconv.layers import whole
+
 
 def conv_params(c1: int, c2: int, k: int = 3) -> int:
     """P_s of Eq. (10): parameters of a k×k convolution from c1 to c2 channels, without a bias."""
@@ -32,7 +34,7 @@ def scconv_params(c1: int, c2: int, k: int = 3, alpha: float = 0.5, r: int = 2, 
 
 
 def count_params(model: nn.Module) -> int:
-    """Trainable numbers in `model`; a tensor that is used twice counts once."""
+    """Numbers in all parameters of `model`, frozen or not, without buffers; a tensor that is used twice counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -60,12 +62,14 @@ def layer_table(model: nn.Module, input_shape: Sequence[int] = (1, 3, 32, 32)) -
 
 def _count(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     """MACs by module name, "" being the model itself."""
-    if len(input_shape) != 4 or min(input_shape) < 1:
-        raise ValueError(f"input_shape={tuple(input_shape)}: must be (N, C, H, W), each at least 1")
+    shape = tuple(input_shape)
+    if len(shape) != 4:
+        raise ValueError(f"input_shape={shape}: must be (N, C, H, W), each at least 1")
+    sizes = [whole(f"input_shape={shape}: {axis}", size) for axis, size in zip("NCHW", shape, strict=True)]
     ghost = copy.deepcopy(model).to("meta").eval()
     dtype = next((parameter.dtype for parameter in ghost.parameters()), torch.float32)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        ghost(torch.empty(tuple(input_shape), device="meta", dtype=dtype))
+        ghost(torch.empty(sizes, device="meta", dtype=dtype))
     root = type(ghost).__name__
     counts = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
     totals = {name.removeprefix(root).removeprefix("."): count for name, count in counts.items() if name != "Global"}

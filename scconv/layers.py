@@ -305,13 +305,15 @@ class SCConv(nn.Module):
             raise ChannelError(f"out_channels={out_channels}: order='parallel' adds X^w, so it must be {in_channels}")
         convolution = (in_channels, out_channels, *_geometry(kernel_size, stride, padding, dilation))
         to = {"device": device, "dtype": dtype}
+        sru = {"gn_groups": gn_groups, "gate": gate, "gate_threshold": gate_threshold}
+        cru = {"alpha": alpha, "squeeze_ratio": squeeze_ratio, "gwc_groups": gwc_groups, "fusion": fusion}
+        if order in ("sru", "cru"):
+            _check_default(order, *((CRU, cru) if order == "sru" else (SRU, sru)))
         if order != "cru":
-            channels = out_channels if order == "cru_sru" else in_channels
-            self.sru = SRU(channels, gn_groups=gn_groups, gate=gate, gate_threshold=gate_threshold, **to)
+            self.sru = SRU(out_channels if order == "cru_sru" else in_channels, **sru, **to)
         if order == "sru":
             self.conv = nn.Conv2d(*convolution, bias=bias, **to)
         else:
-            cru = {"alpha": alpha, "squeeze_ratio": squeeze_ratio, "gwc_groups": gwc_groups, "fusion": fusion}
             self.cru = CRU(*convolution, **cru, bias=bias, **to)
 
     convolution = property(lambda self: self.conv if self.order == "sru" else self.cru.gwc)
@@ -384,6 +386,13 @@ def check_input(x: Tensor, channels: int) -> None:
         raise ValueError(f"input of shape {tuple(x.shape)}: must be (N, {channels}, H, W){hint}")
     if not x.is_floating_point():
         raise ValueError(f"input of {x.dtype}: must be floating point")
+
+
+def _check_default(order: str, unit: type[nn.Module], options: dict) -> None:
+    """An option of a unit that is not there must not look as if it had an effect."""
+    for name, value in options.items():
+        if value != unit.__init__.__kwdefaults__[name]:
+            raise ValueError(f"{name}={value!r}: order={order!r} has no {unit.__name__} that could take it")
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -1,16 +1,18 @@
 """The networks: torchvision's ResNet and DenseNet, the paper's CIFAR ResNets, and all of them with SCConv.
 
 A name is a base network, or one of the paper's units before it: `scconv_resnet50` is S+C of table 1, `sru_resnet50` S,
-`cru_resnet50` C, `cru_sru_resnet50` C+S and `parallel_resnet50` C&S. Every 3×3 convolution that the unit fits is
-replaced; the stem is too narrow and stays.
+`cru_resnet50` C, `cru_sru_resnet50` C+S and `parallel_resnet50` C&S. Every 3×3 convolution that the unit with
+its default options fits is replaced; the stem is too narrow and stays. Options that do not fit all of these raise an
+error, and there is no parallel_densenet121, because nothing in it fits.
 
 `narrow_resnet50`, `grouped_resnet50` and `separable_resnet50` have as many parameters as `scconv_resnet50` without any
 SCConv, or as near as whole channels allow: a narrower network, one with its 3×3 convolutions in 4 groups, and one with
 depthwise-separable ones, each with its width changed until it fits.
 """
 
+import copy
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from scconv.layers import ORDERS, SCConv
+from scconv.layers import ORDERS, SCConv, whole
 from scconv.pretrained import CIFAR100, find_pretrained, is_file_name, load_weights
 from scconv.surgery import append_scconv, cifar_stem, group_conv3x3, replace_conv3x3, separate_conv3x3
 
@@ -37,6 +39,7 @@ def model_names() -> list[str]:
     """Every name that `build_model` knows."""
     bases = [*TORCHVISION, *CIFAR_DEPTHS]
     with_scconv = [f"{order}_{base}" for order in ORDERS for base in bases]
+    with_scconv.remove("parallel_densenet121")  # it adds X^w, of 128 channels, to 32
     return [*bases, APPENDED, *with_scconv, *(f"{kind}_{base}" for kind in EQUAL_SIZE for base in WIDTHS)]
 
 
@@ -60,10 +63,12 @@ def build_model(
             weights. The prefixes that `nn.DataParallel` and `torch.compile` put before names don't matter.
         new_head: leave the classifier's own fresh weights and load all the others, to fine-tune to other classes.
             Without it weights for another number of classes are refused, so that none is dropped unasked.
-        scconv_options: keywords of `SCConv`, or `where` of `replace_conv3x3`; only for networks with SCConv.
+        scconv_options: keywords of `SCConv`, or `where` of `replace_conv3x3`; only for networks with SCConv. Without
+            `where`, SCConv comes to every place that it has with its default options.
 
     Raises:
-        ValueError: an argument is out of its range, or the weights do not fit.
+        ValueError: an argument is out of its range, the options do not fit each of these places, or the weights do not
+            fit.
     """
     if name not in model_names():
         raise ValueError(f"name={name!r}: must be one of {', '.join(model_names())}")
@@ -74,21 +79,45 @@ def build_model(
         weights = find_pretrained(name, weights)
     if num_classes is None:
         num_classes = len(CIFAR100["classes"]) if shipped else 10
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes={num_classes!r}: must be a whole number of at least 1")
+    num_classes = whole("num_classes", num_classes)
     order, base = _parse(name)
     if order not in ORDERS and scconv_options:
         raise ValueError(f"{', '.join(scconv_options)}: {name} has no SCConv to take these options")
+    if "order" in scconv_options:
+        raise ValueError(f"order={scconv_options['order']!r}: must be left to the name, {name} has order={order!r}")
     build = partial(_build_equal_size, order) if order in EQUAL_SIZE else _build_base
     model = build(base, num_classes, small_images)
     if name == APPENDED:
-        append_scconv(model, **{"bias": True, **scconv_options})
+        left = append_scconv(model, **{"bias": True, **scconv_options}).left
+        _refuse_if_left(name, {place: reason for place, reason in left.items() if place.endswith("conv2")})
     elif order in ORDERS:
-        replace_conv3x3(model, order=order, **scconv_options)
+        _replace_all(model, name, order=order, **scconv_options)
     initialise_scconv(model)
     if weights is not None:
         load_weights(model, name, weights, new_head)
     return model
+
+
+def _replace_all(model: nn.Module, name: str, *, where: Callable | None = None, order: str, **options) -> None:
+    """Replace what the unit replaces with its default options, or what `where` chooses of that; not more, not less."""
+    places = replace_conv3x3(copy.deepcopy(model).to("meta"), where=where, order=order).replaced
+    if not places:
+        raise ValueError(f"where: must choose one of the convolutions that {name} replaces")
+    left = replace_conv3x3(model, where=lambda place, conv: place in places, order=order, **options).left
+    _refuse_if_left(name, {place: left[place] for place in places if place in left})
+
+
+def _refuse_if_left(name: str, left: dict[str, str]) -> None:
+    """A network must be what its name says; without any SCConv it would be the baseline."""
+    by_reason = {}
+    for place, reason in left.items():
+        by_reason.setdefault(reason, []).append(place)
+    lines = [
+        f"{first} and {len(others)} more ({reason})" if others else f"{first} ({reason})"
+        for reason, (first, *others) in by_reason.items()
+    ]
+    if lines:
+        raise ValueError(f"{name}: the options do not fit {len(left)} of its layers: {', '.join(lines)}")
 
 
 def initialise_scconv(model: nn.Module) -> None:

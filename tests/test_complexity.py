@@ -1,5 +1,6 @@
 """Eq. (10) and (11), and counts, against hand-worked figures, the layers themselves, and torchinfo."""
 
+import numpy as np
 import pytest
 import torch
 import torchinfo
@@ -73,6 +74,16 @@ def test_agrees_with_torchinfo(name):
     assert count_macs(model) == summary.total_mult_adds - extras
 
 
+def test_frozen_parameters_count_shared_ones_once_and_buffers_never():
+    model = nn.Sequential(SCConv(16, 16), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3))
+    model.append(model[0])
+    model[0].requires_grad_(False)
+    summary = torchinfo.summary(model, (1, 16, 8, 8), verbose=0)
+    frozen = scconv_params(16, 16) + 2 * 16
+    assert count_params(model) == frozen + 2 * 16 + 9 * 16 * 16 + 16 == summary.total_params
+    assert summary.total_params - summary.trainable_params == frozen
+
+
 def test_layer_table_adds_up():
     model = build_model("scconv_resnet20", 10)
     rows = {row["name"]: row for row in layer_table(model)}
@@ -96,3 +107,6 @@ def test_counting_leaves_the_model_alone():
 def test_a_bad_input_shape_is_named():
     with pytest.raises(ValueError, match=r"input_shape=\(3, 32, 32\): must be \(N, C, H, W\)"):
         count_macs(nn.Identity(), (3, 32, 32))
+    with pytest.raises(ValueError, match=r"input_shape=\(1, 3, 32, 0.5\): W=0.5: must be a whole number of at least 1"):
+        count_macs(nn.Identity(), (1, 3, 32, 0.5))
+    assert count_macs(nn.Conv2d(3, 4, 1), np.array([1, 3, 5, 2])) == 3 * 4 * 10

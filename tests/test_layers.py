@@ -282,6 +282,7 @@ def test_any_geometry_is_the_convolutions(
     arguments = {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation}
     reach = dilation * (kernel - 1)
     x = randn(batch, channels, max(height, reach + 1), max(columns, reach + 1), dtype=torch.float32)
+    alpha = 0.5 if order == "sru" else alpha
     try:
         layer = SCConv(channels, out_channels, alpha=alpha, order=order, **arguments)
     except ChannelError:
@@ -742,6 +743,8 @@ def test_all_branches_pad_as_the_grouped_convolution_does(mode):
         (lambda: CRU(16, 16)(torch.zeros(16, 4, 4)), r"input of shape \(16, 4, 4\): must be \(N, 16, H, W\)"),
         (lambda: SCConv(16, 16)(torch.zeros(16, 4, 4)), r"H, W\); x\[None\] is a batch of one image"),
         (lambda: SCConv(16, 16, groups=4), "groups=4: must be 1, SCConv replaces a dense convolution; .* gwc_groups"),
+        (lambda: SCConv(16, 16, order="cru", gate="hard"), "gate='hard': order='cru' has no SRU that could take it"),
+        (lambda: SCConv(16, 16, order="sru", alpha=0.25), "alpha=0.25: order='sru' has no CRU that could take it"),
         (lambda: SCConv(16, 16, np.int64(4)), "must be odd"),
         (lambda: SCConv(np.int64(0), 16), r"in_channels=np.int64\(0\): must be a whole number of at least 1"),
         (lambda: SCConv(16.0, 16), "in_channels=16.0: must be a whole number"),

@@ -26,7 +26,9 @@ def test_lists_networks_weights_and_commands(capsys):
     larger, kinds = ([word for word in words if word.strip(":").endswith("_") or "scconv_" in word] for words in equal)
     larger = [word.strip(":").removeprefix("scconv_") for word in larger]
     baselines = {kind + base for kind in kinds if kind != "scconv_" for base in larger}
-    assert {*bases, *(order + base for order in orders for base in bases[:-1]), *baselines} == set(model_names())
+    but_no = printed.partition("but no ")[2].partition(":")[0]
+    names = {*bases, *(order + base for order in orders for base in bases[:-1]), *baselines} - {but_no}
+    assert names == set(model_names())
     shipped = [(network, name) for network, names in CIFAR100["networks"].items() for name in names]
     assert shipped
     for network, name in shipped:

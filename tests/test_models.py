@@ -1,6 +1,7 @@
 """The networks: exact parameter counts, shapes, learning, and weights from a file."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 
 from scconv import SCConv
 from scconv.complexity import count_params
-from scconv.models import build_model, model_names
+from scconv.models import build_model, initialise_scconv, model_names
+from scconv.surgery import replace_conv3x3
 
 
 def on_meta(*arguments, **keywords) -> nn.Module:
@@ -53,10 +55,13 @@ def test_every_appended_layer_has_the_published_parameters():
 
 
 def test_names_are_unique_and_every_unit_of_every_family_builds():
-    assert len(set(model_names())) == len(model_names()) == 6 * 7 + 1 + 3 * 6
-    expected = {"scconv": 58, "cru": 58, "sru": 58, "cru_sru": 58, "parallel": 0}  # X^w + CRU: 128 + 32 channels
-    for order, count in expected.items():
-        for base, layers in (("densenet121", count), ("resnet20", 18 if order != "parallel" else 16)):
+    assert len(set(model_names())) == len(model_names()) == 6 * 7 - 1 + 1 + 3 * 6
+    for order in ("scconv", "cru", "sru", "cru_sru", "parallel"):
+        for base, layers in (("densenet121", 58), ("resnet20", 18 if order != "parallel" else 16)):
+            if (order, base) == ("parallel", "densenet121"):  # X^w + CRU: 128 + 32 channels, it would be the baseline
+                with pytest.raises(ValueError, match="name='parallel_densenet121': must be one of"):
+                    build_model(f"{order}_{base}")
+                continue
             model = on_meta(f"{order}_{base}")
             assert [m.order for m in model.modules() if isinstance(m, SCConv)] == [order] * layers, (order, base)
 
@@ -138,6 +143,54 @@ def test_options_reach_the_layers():
     assert {(layer.sru.gate, layer.cru.alpha) for layer in layers} == {("hard", 0.75)}
 
 
+PROMISED = {  # options that some widths do not take: of how many layers, and the first of them
+    ("scconv_resnet20", "alpha", 0.6): "18 of its layers: layer1.0.conv1 and 5 more (gwc_groups=2: must divide the 5 ",
+    ("scconv_resnet20", "alpha", 0.2): "13 of its layers: layer1.0.conv1 and 5 more (gwc_groups=2: must divide the 1 ",
+    ("scconv_resnet20", "gn_groups", 3): "18 of its layers: layer1.0.conv1 and 6 more (channels=16: must be divisible",
+    ("scconv_resnet20", "gwc_groups", 16): "13 of its layers: layer1.0.conv1 and 5 more (gwc_groups=16: must divide",
+    ("cru_resnet56", "squeeze_ratio", 16): "37 of its layers: layer1.0.conv1 and 18 more (in_channels=16: alpha=0.5",
+    ("scconv_densenet121", "alpha", 0.25): "58 of its layers: features.denseblock1.denselayer1.conv2 and 57 more (out",
+    ("resnet34_appended_scconv", "gn_groups", 3): "16 of its layers: layer1.0.conv2 and 2 more (channels=64: must be",
+}
+
+
+@pytest.mark.parametrize(("option", "message"), PROMISED.items(), ids=str)
+def test_a_network_has_scconv_wherever_its_name_promises_it_or_is_not_built(option, message):
+    name, key, value = option
+    with pytest.raises(ValueError, match=re.escape(f"{name}: the options do not fit {message}")) as error:
+        on_meta(name, **{key: value})
+    assert "\n" not in str(error.value)
+
+
+def test_options_that_would_fit_the_stem_leave_it():
+    model = on_meta("cru_resnet20", squeeze_ratio=1)
+    assert type(model.conv1) is nn.Conv2d
+    assert sum(isinstance(module, SCConv) for module in model.modules()) == 18
+
+
+def test_where_restricts_what_is_promised():
+    def in_layer3(name, conv):
+        return name.startswith("layer3")
+
+    model = on_meta("scconv_resnet20", where=in_layer3, gwc_groups=8)  # which would not fit layer1
+    assert [name.split(".")[0] for name, m in model.named_modules() if isinstance(m, SCConv)] == ["layer3"] * 6
+    with pytest.raises(ValueError, match="the options do not fit 6 of its layers"):
+        on_meta("scconv_resnet20", where=in_layer3, alpha=0.6, squeeze_ratio=5)
+    with pytest.raises(ValueError, match="where: must choose one of the convolutions that scconv_resnet20 replaces"):
+        on_meta("scconv_resnet20", where=lambda name, conv: name == "conv1")
+
+
+def test_the_check_draws_no_random_number():
+    torch.manual_seed(0)
+    model = build_model("scconv_resnet20")
+    torch.manual_seed(0)
+    expected = build_model("resnet20")
+    replace_conv3x3(expected)
+    initialise_scconv(expected)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
 def test_weights_from_a_file(tmp_path):
     model = build_model("scconv_resnet20", 10)
     save_file({key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()},
@@ -154,6 +207,12 @@ def test_weights_from_a_file(tmp_path):
         (("resnet51",), {}, r"name='resnet51': must be one of resnet34, resnet50"),
         (("resnet50", 0), {}, "num_classes=0: must be a whole number"),
         (("resnet50",), {"alpha": 0.5}, "alpha: resnet50 has no SCConv"),
+        (("resnet50", True), {}, "num_classes=True: must be a whole number"),
+        (("cru_resnet20",), {"gate": "hard"}, "gate='hard': order='cru' has no SRU"),
+        (("sru_resnet20",), {"alpha": 0.6}, "alpha=0.6: order='sru' has no CRU"),
+        (("cru_resnet20",), {"order": "sru"}, "order='sru': must be left to the name, cru_resnet20 has order='cru'"),
+        (("scconv_resnet20",), {"where": "layer1"}, "where='layer1': must be a function"),
+        (("scconv_resnet20",), {"groups": 4}, r"groups=4: must be 1, .* gwc_groups"),
         (("scconv_resnet20",), {"gate": "firm"}, "gate='firm': must be one of soft, hard"),
     ],
 )

@@ -138,7 +138,7 @@ def test_an_error_in_where_leaves_the_network_as_it_was():
     with pytest.raises(KeyError):
         replace_conv3x3(model, where=lambda name, conv: {"layer1.0.conv1": True}[name])
     assert not any(isinstance(module, SCConv) for module in model.modules())
-    with pytest.raises(ValueError, match="^where='layer1': must be a function of a convolution's name and"):
+    with pytest.raises(ValueError, match=r"^where='layer1': must be a function of a convolution's name and"):
         replace_conv3x3(model, where="layer1")
 
 
@@ -151,7 +151,7 @@ def test_where_may_choose_one_of_two_uses():
 
 def test_widths_may_be_numpys():
     width = np.int64(16)
-    model = nn.Sequential(nn.Conv2d(3, width, 3), nn.Conv2d(width, width, 3), nn.Conv2d(width, 2 * width, 3, bias=False))
+    model = nn.Sequential(nn.Conv2d(3, width, 3), nn.Conv2d(width, width, 3), nn.Conv2d(width, 2 * width, 3))
     x = torch.randn(1, 3, 9, 9)
     shape = model(x).shape
     assert replace_conv3x3(model).replaced == ["1", "2"]
