@@ -12,7 +12,6 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce  # differentiable, unlike dist.all_reduce
 
 
 def start_processes() -> PartialState:
@@ -26,6 +25,20 @@ def warn(message: str) -> None:
         print(f"scconv train: {message}", file=sys.stderr)
 
 
+class SumOfProcesses(torch.autograd.Function):
+    """`dist.all_reduce` that can be differentiated: each process's part enters the sum of all."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return SumOfProcesses.apply(gradient)
+
+
 class SharedBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` whose mean and variance are those of all processes' images together, (N, C, H, W)."""
 
@@ -34,9 +47,9 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x  # as nn.BatchNorm2d has its statistics
         count = x.numel() // x.shape[1] * dist.get_world_size()  # every process has as many images
-        mean = all_reduce(wide.sum((0, 2, 3))) / count
+        mean = SumOfProcesses.apply(wide.sum((0, 2, 3))) / count
         centred = wide - mean[:, None, None]
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+        variance = SumOfProcesses.apply(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
