@@ -40,7 +40,6 @@ METHODS = {  # what each part computes, as it was when this module was imported
         SRU: ("forward", "gate_logits", "gate_weights"),
         CRU: ("forward", "at_kernel_centre", "transform", "fusion_weights"),
         WeightedGroupNorm: ("forward",),
-        nn.GroupNorm: ("forward",),
         nn.Conv2d: ("forward", "_conv_forward"),
     }.items()
 }
@@ -236,13 +235,18 @@ def own_tensors(layer: SCConv) -> list[Tensor | None]:
 
 def prepare(gamma, beta, squeeze_up, squeeze_low, gwc, pwc_up, bias, pwc_low, dtype, wide) -> tuple[Tensor | None, ...]:
     """What `rewrite` takes: the gate's affine in `wide`; the weights, the bias, and [PWC2; I] in `dtype`."""
-    gamma, beta = gamma.to(wide), beta.to(wide)
-    w_gamma = gamma / gamma.sum()  # (2)
     weights = [weight.to(dtype) for weight in (squeeze_up, squeeze_low, gwc, pwc_up)]
     lower = torch.eye(len(squeeze_low), dtype=dtype, device=gamma.device)
     if pwc_low is not None:
         lower = torch.cat([pwc_low.to(dtype).flatten(1), lower])
-    return w_gamma * gamma, w_gamma * beta, *weights, None if bias is None else bias.to(dtype), lower
+    return *gate_affine(gamma, beta, wide), *weights, None if bias is None else bias.to(dtype), lower
+
+
+def gate_affine(gamma: Tensor, beta: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """W_γ · GN(X) is a group norm with these two in place of γ and β, (C,) each."""
+    gamma, beta = gamma.to(wide), beta.to(wide)
+    w_gamma = gamma / gamma.sum()  # (2)
+    return w_gamma * gamma, w_gamma * beta
 
 
 def fast_scconv(x: Tensor, *tensors_and_plan) -> Tensor:

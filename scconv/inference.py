@@ -16,6 +16,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from scconv.compiled import (
+    gate_affine,
     is_exporting,
     is_plain,
     is_watched,
@@ -27,7 +28,9 @@ from scconv.compiled import (
     rewrite,
     run_compiled,
 )
-from scconv.layers import SCConv, check_input
+from scconv.layers import SCConv, WeightedGroupNorm, check_input
+
+fx.wrap("check_input")  # torch.fx does not look inside, where it could not follow
 
 
 class FoldedSCConv(nn.Module):
@@ -46,13 +49,13 @@ class FoldedSCConv(nn.Module):
         dtype = scconv.cru.gwc.weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
         with torch.no_grad():
-            scale, shift, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower = prepare(*own_tensors(scconv), dtype, wide)
+            _, _, squeeze_up, squeeze_low, gwc, pwc_up, bias, lower = prepare(*own_tensors(scconv), dtype, wide)
             factor, offset = affine_of(norm) if norm is not None else (torch.ones(len(gwc)), torch.zeros(len(gwc)))
             factor, offset = factor.to(gwc), offset.to(gwc)
             gwc, pwc_up = gwc * factor[:, None, None, None], pwc_up * factor[:, None, None, None]
             bias, lower = None if bias is None else bias * factor, lower * factor[:, None]
         plan = self.plan
-        self.gn = _frozen(nn.GroupNorm(plan.gn_groups, len(scale), plan.eps, device="meta"), scale, shift)
+        self.gn = copy.deepcopy(scconv.sru.gn).requires_grad_(False)
         self.squeeze_up, self.squeeze_low, self.pwc_up = map(_convolution, (squeeze_up, squeeze_low, pwc_up))
         self.gwc = _convolution(gwc, bias, plan.stride, plan.padding, plan.dilation, plan.groups)
         self.lower = _convolution(lower[:, :, None, None])  # [PWC2; I] of Eq. (6)
@@ -62,30 +65,31 @@ class FoldedSCConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_input(x, self.in_channels)
         pointwise = {name: getattr(self, name) for name in ("squeeze_up", "squeeze_low", "pwc_up", "lower")}
-        reason = reason_in_parts({"gn": (self.gn, nn.GroupNorm)}, self.gwc, pointwise)
+        reason = reason_in_parts({"gn": (self.gn, WeightedGroupNorm)}, self.gwc, pointwise)
         if isinstance(x, fx.Proxy) or is_exporting() or reason:
             return self.part_by_part(x)
         device, dtype, compiling = x.device.type, self.gwc.weight.dtype, torch.compiler.is_compiling()
         if x.dtype != dtype and not torch.is_autocast_enabled(device):
             raise ValueError(f"input of {x.dtype}: must be {dtype}, as the weights are")
+        wide = torch.promote_types(dtype, torch.float32)
         tensors = (
-            self.gn.weight, self.gn.bias, self.squeeze_up.weight, self.squeeze_low.weight, self.gwc.weight,
-            self.pwc_up.weight, self.gwc.bias, self.lower.weight.flatten(1),
+            *gate_affine(self.gn.weight, self.gn.bias, wide), self.squeeze_up.weight, self.squeeze_low.weight,
+            self.gwc.weight, self.pwc_up.weight, self.gwc.bias, self.lower.weight.flatten(1),
         )  # fmt: skip
         asked = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        stand_in = not compiling and not is_plain(x)  # of torch.func, or a subclass
+        stand_in = not compiling and (x.is_meta or not is_plain(x))  # is_plain: not of torch.func, nor a subclass
         if (asked and (compiling or stand_in)) or (not compiling and unpack_dual(x).tangent is not None):
             raise RuntimeError(NO_GRADIENT)
         if stand_in:
             return self.part_by_part(x)
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            arguments = x.to(dtype), *tensors, self.plan, (self.back, self.offset)
+            arguments = x.to(dtype), *tensors, self.plan, (self.back.to(wide), self.offset)
             y = rewrite(*arguments) if compiling or not self.compiler else run_compiled(rewrite, self, *arguments)
         return NoGradient.apply(x, y, self.gwc.weight) if asked else y
 
     def part_by_part(self, x: Tensor) -> Tensor:
         """Eq. (1)-(9) as a group norm and five convolutions."""
-        plan, z = self.plan, self.gn(x.to(self.gn.weight.dtype))  # (1) and (2), (N, C1, H, W)
+        plan, z = self.plan, self.gn(x)  # (1) and (2), (N, C1, H, W)
         informative, weight = z > plan.threshold, torch.sigmoid(z)
         w1 = torch.where(informative, 1.0, weight if plan.soft else 0.0)  # (3)
         w2 = torch.where(informative, 0.0, weight if plan.soft else 1.0)
@@ -96,8 +100,9 @@ class FoldedSCConv(nn.Module):
         x_up, x_low = self.squeeze_up(x_up), self.squeeze_low(self.at_centre(x_low))
         y1 = self.gwc(x_up) + self.pwc_up(self.at_centre(x_up))  # (5), (N, C2, H', W')
         y2 = self.lower(x_low)  # (6)
-        difference = (y1 - y2).mean((2, 3), keepdim=True, dtype=self.back.dtype)  # (7)
-        beta1 = torch.sigmoid(difference * self.back).to(self.gwc.weight.dtype)  # (8)
+        dtype = self.gwc.weight.dtype
+        difference = (y1 - y2).mean((2, 3), keepdim=True, dtype=torch.promote_types(dtype, torch.float32))  # (7)
+        beta1 = torch.sigmoid(difference * self.back).to(dtype)  # (8)
         return beta1 * y1 + (1 - beta1) * y2 + self.offset  # (9)
 
     def at_centre(self, x: Tensor) -> Tensor:
@@ -111,13 +116,9 @@ def _convolution(weight: Tensor, bias: Tensor | None = None, *geometry) -> nn.Co
     """Frozen, of this weight; geometry: stride, padding, dilation, groups."""
     channels = weight.shape[1] * (geometry[3] if geometry else 1)
     conv = nn.Conv2d(channels, len(weight), weight.shape[2:], *geometry, bias=bias is not None, device="meta")
-    return _frozen(conv, weight, bias)
-
-
-def _frozen(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     for name, tensor in (("weight", weight), ("bias", bias)):
-        setattr(module, name, None if tensor is None else nn.Parameter(tensor.detach().clone(), requires_grad=False))
-    return module
+        setattr(conv, name, None if tensor is None else nn.Parameter(tensor.detach().clone(), requires_grad=False))
+    return conv
 
 
 NO_GRADIENT = "FoldedSCConv: has no gradients, take them from the network before fuse_for_inference"
@@ -158,11 +159,16 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     a FoldedSCConv raises RuntimeError. For speed, let `compile_scconv` take the model first or compile the copy.
 
     Raises:
-        ValueError: torch.fx cannot follow the model's forward, so what stands behind what is not known.
+        ValueError: torch.fx cannot follow the model's forward, so what stands behind what is not known; or the model
+            cannot be copied, as after a forward pass under `torch.nn.utils.prune`.
     """
     if isinstance(model, SCConv):  # torch.fx looks into modules, and this one is to stay whole
         return fuse_for_inference(nn.Sequential(model))[0]
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    try:
+        model = copy.deepcopy(model).eval().requires_grad_(False)
+    except RuntimeError as error:
+        hint = "prune.remove makes pruning permanent, and what it prunes can be copied then"
+        raise ValueError(f"model={type(model).__name__}: cannot be copied ({hint}): {error}") from error
     try:
         graph = Tracer().trace(model)
     except Exception as error:  # whatever the model's own code raises when it meets a proxy
