@@ -1,11 +1,13 @@
 """A network made ready for use computes what it computed before."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
 from scconv import SRU, SCConv, compile_scconv
@@ -201,6 +203,50 @@ def test_is_saved_and_loaded(tmp_path):
     fused, x = fuse_for_inference(with_a_past(build_model("scconv_resnet20"))), images()
     torch.save(fused, tmp_path / "fused.pt")
     assert_close(torch.load(tmp_path / "fused.pt", weights_only=False)(x), fused(x), rtol=0, atol=0)
+
+
+def convolutions_in(model: nn.Module) -> Counter:
+    """Calls of a convolution in what torch.export writes down, by the class of the module that they are in."""
+    nodes = torch.export.export(model, (images(),)).module().graph.nodes
+    calls = [node for node in nodes if node.target is torch.ops.aten.conv2d.default]
+    return Counter(list(node.meta["nn_module_stack"].values())[-1][1] for node in calls)
+
+
+def test_a_quantiser_finds_every_convolution():
+    """It looks for calls inside an nn.Conv2d."""
+    model = with_a_past(build_model("scconv_resnet20"))
+    found = convolutions_in(fuse_for_inference(model))
+    assert found == convolutions_in(model)
+    assert list(found.values()) == [91]  # the stem and 18 times 5
+
+
+CHANGES_AFTER = {
+    "a hook on a part": lambda layer: layer.gwc.register_forward_hook(lambda *args: 2 * args[-1]),
+    "a method of one's own": lambda layer: setattr(layer.gn, "forward", lambda x: x),
+    "circular padding": lambda layer: setattr(layer.gwc, "padding_mode", "circular"),
+    "a bias on a squeeze": lambda layer: setattr(layer.squeeze_up, "bias", nn.Parameter(torch.ones(2).double())),
+    "pruning": lambda layer: prune.l1_unstructured(layer.gwc, "weight", 0.5),
+    "a weight": lambda layer: layer.lower.weight.mul_(2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_AFTER.values(), ids=CHANGES_AFTER)
+def test_what_changes_in_a_folded_layer_has_its_effect(change):
+    fused, x = fuse_for_inference(with_a_past(nn.Sequential(SCConv(8, 8), nn.BatchNorm2d(8))))[0], images()
+    x = x.repeat(1, 3, 1, 1)[:, :8]
+    before = fused(x)
+    with torch.no_grad():
+        change(fused)
+        assert_close(fused(x), fused.part_by_part(x), rtol=1e-10, atol=1e-10)
+    assert (fused(x) - before).norm() > 0.001 * before.norm()
+
+
+def test_stays_precise_when_halved_afterwards():
+    """The gate's logit is of size 1/C: in float16 it would be decided by rounding."""
+    layer, x = SCConv(64, 64), torch.randn(2, 64, 6, 6)
+    halved, x = fuse_for_inference(layer).half(), x.half()
+    expected = layer.half().float()(x.float())
+    assert (halved(x) - expected).norm() < 0.003 * expected.norm()
 
 
 def test_of_a_compiled_layer_it_is_compiled():
