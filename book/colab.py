@@ -3,8 +3,9 @@
     python book/colab.py [ADDRESS]
 
 writes ADDRESS, such as https://github.com/OWNER/NAME, into the first cell of each notebook, the README (badges,
-`git clone`, `pip install git+…`), `_config.yml` (the book's link), `pyproject.toml` and `CITATION.cff`. Without ADDRESS
-the one that is there stays. What Colab has to clone must be in the notebook, since Colab opens it from its repository.
+`git clone`, `pip install git+…`), `book/use.md` (`pip install git+…`), `_config.yml` (the book's link),
+`pyproject.toml` and `CITATION.cff`. Without ADDRESS the one that is there stays. What Colab has to clone must be in the
+notebook, since Colab opens it from its repository.
 """
 
 import re
@@ -65,7 +66,8 @@ LINES = {
     "CITATION.cff": ("type: software\n", "repository-code: {address}\n"),
     "pyproject.toml": ('license-files = ["LICENSE"]\n', 'urls = {{ Repository = "{address}" }}\n'),
 }
-# And the README has parts between <!-- NAME --> and <!-- /NAME -->, empty without an address.
+# And these have parts between <!-- NAME --> and <!-- /NAME -->, empty without an address.
+WITH_PARTS = ("README.md", "book/use.md")
 PARTS = {
     "badges": """\
 [![tests]({address}/actions/workflows/test.yml/badge.svg)]({address}/actions/workflows/test.yml)
@@ -96,8 +98,8 @@ def write_line(path: Path, address: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def write_parts(readme: Path, address: str) -> None:
-    text = readme.read_text(encoding="utf-8")
+def write_parts(page: Path, address: str) -> None:
+    text = page.read_text(encoding="utf-8")
     path = address.partition("://")[2].partition("/")[2]
     owner, _, name = path.rpartition("/")
     for part, content in PARTS.items():
@@ -106,7 +108,7 @@ def write_parts(readme: Path, address: str) -> None:
         content = content.format(address=address, path=path, owner=owner.lower(), name=name)
         content = f"<!-- {part} -->\n{content}<!-- /{part} -->"
         text = re.sub(f"<!-- {part} -->\n.*?<!-- /{part} -->", lambda _, new=content: new, text, flags=re.DOTALL)
-    readme.write_text(text, encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
 
 
 def write_address(root: Path, address: str) -> None:
@@ -115,7 +117,8 @@ def write_address(root: Path, address: str) -> None:
         write_cell(path, address)
     for name in LINES:
         write_line(root / name, address)
-    write_parts(root / "README.md", address)
+    for name in WITH_PARTS:
+        write_parts(root / name, address)
 
 
 def main(arguments: list[str]) -> None:

@@ -67,9 +67,10 @@ def test_all_notebooks_have_one_address():
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of what has the address, without one."""
-    for name in ("_config.yml", "CITATION.cff", "pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "notebooks").mkdir()
+    (tmp_path / "book").mkdir()
+    for name in ("_config.yml", "CITATION.cff", "pyproject.toml", "README.md", "book/use.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
     for path in colab.NOTEBOOKS[:2]:
         shutil.copy(path, tmp_path / "notebooks")
     colab.write_address(tmp_path, "")
@@ -90,6 +91,7 @@ def test_one_command_writes_the_address_everywhere(checkout):
     assert yaml.safe_load(after["CITATION.cff"])["repository-code"] == "https://github.com/Some/name"
     assert tomllib.loads(after["pyproject.toml"])["project"]["urls"] == {"Repository": "https://github.com/Some/name"}
     assert "\npip install git+https://github.com/Some/name\n" in after["README.md"]
+    assert "\npip install git+https://github.com/Some/name\n" in after["use.md"]
     assert "\ngit clone https://github.com/Some/name && cd name\n" in after["README.md"]
     assert "(https://some.github.io/name/)" in after["README.md"]
     name = "notebooks/01_quickstart.ipynb"
@@ -112,11 +114,12 @@ def test_without_an_address_no_place_has_one(checkout):
 
 def test_every_place_has_the_address_of_the_notebooks(tmp_path):
     """Written once more, nothing changes."""
-    names = ("_config.yml", "CITATION.cff", "pyproject.toml", "README.md")
+    (tmp_path / "book").mkdir()
+    names = ("_config.yml", "CITATION.cff", "pyproject.toml", "README.md", "book/use.md")
     for name in names:
-        shutil.copy(ROOT / name, tmp_path)
+        shutil.copy(ROOT / name, tmp_path / name)
     colab.write_address(tmp_path, colab.read_address(read(colab.NOTEBOOKS[0])))
-    assert contents(tmp_path) == {name: (ROOT / name).read_text("utf-8") for name in names}
+    assert contents(tmp_path) == {Path(name).name: (ROOT / name).read_text("utf-8") for name in names}
 
 
 @pytest.mark.parametrize("address", ["nonsense", "", 'https://x.org/"; import os', "git@github.com:a/b.git"])
