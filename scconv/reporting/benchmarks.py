@@ -12,7 +12,7 @@ FORMS = {
     "floor": "no 3×3 at all",
     "popular": "popular",
     "plain": "SCConv, as written",
-    "scconv+layers": "SCConv by compile_scconv, the rest not compiled",
+    "scconv+layers": "SCConv, compile_scconv alone",
     "3x3+compile": "3×3, compiled",
     "floor+compile": "no 3×3 at all, compiled",
     "popular+compile": "popular, compiled",
