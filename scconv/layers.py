@@ -256,8 +256,9 @@ class CRU(nn.Module):
 class SCConv(nn.Module):
     """Spatial and channel reconstruction convolution: an SRU, then a CRU, where a k×k convolution stood.
 
-    Maps (N, C1, H, W) to (N, C2, H', W'). Two defaults differ from `nn.Conv2d`'s: `SCConv(C1, C2, 3)` keeps H and W,
-    where `nn.Conv2d(C1, C2, 3)` shrinks them by 2, and has no bias. With `padding` given, H' and W' are `nn.Conv2d`'s.
+    Maps (N, C1, H, W) to (N, C2, H', W'), with H' and W' as for `nn.Conv2d` of the same arguments. Two defaults differ:
+    without `padding`, `SCConv(C1, C2, 3)` keeps H and W, where `nn.Conv2d(C1, C2, 3)` shrinks both by 2; and it has no
+    bias.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as for `nn.Conv2d`, but that

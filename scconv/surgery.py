@@ -30,9 +30,9 @@ def replace_conv3x3(model: nn.Module, *, where: Callable[[str, nn.Conv2d], bool]
     """Replace each dense 3×3 `nn.Conv2d` of `model`, in place, by an `SCConv` with fresh weights.
 
     Stride, padding, dilation, bias, device, dtype, memory format and training mode are kept. A convolution used in two
-    places is replaced by one layer used in two places. 1×1, other sizes, grouped ones, subclasses of `nn.Conv2d`, other
-    padding modes and widths that SCConv does not fit (the 3-channel stem) stay as they are. A second call changes
-    nothing, since it does not look inside an `SCConv`.
+    places is replaced by one layer used in two places. 1×1, other sizes, grouped ones, subclasses of `nn.Conv2d`, those
+    with a hook, other padding modes and widths that SCConv does not fit (the 3-channel stem) stay as they are. A second
+    call changes nothing, since it does not look inside an `SCConv`.
 
     Args:
         model: any module that contains convolutions.
@@ -157,6 +157,9 @@ def _convolutions(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Modu
 def _reason_to_leave(conv: nn.Conv2d) -> str | None:
     if type(conv) is not nn.Conv2d:
         return f"a {type(conv).__name__}, not a plain Conv2d"
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # not public in PyTorch
+    if "forward" in vars(conv) or any(getattr(conv, name) for name in hooks):
+        return "has a hook (pruning is one) or a forward of its own, which would be lost"
     if conv.kernel_size != (3, 3):
         return f"{conv.kernel_size[0]}×{conv.kernel_size[1]}, not 3×3"
     if conv.groups != 1:

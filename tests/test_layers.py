@@ -670,6 +670,7 @@ def test_in_a_block_of_torchvision():
     x = randn(2, 16, 9, 8, dtype=torch.float32)
     assert block(x).shape == witness(x).shape
     assert count_params(block[0]) == scconv_params(16, 32) + 2 * 16 == 912
+    assert count_params(SCConv(16, 32, gwc_groups=1)) == scconv_params(16, 32, g=1) + 2 * 16 == 1488  # not this
 
 
 @pytest.mark.parametrize(

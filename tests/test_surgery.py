@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
 from scconv import SCConv
@@ -140,6 +141,25 @@ def test_an_error_in_where_leaves_the_network_as_it_was():
     assert not any(isinstance(module, SCConv) for module in model.modules())
     with pytest.raises(ValueError, match=r"^where='layer1': must be a function of a convolution's name and"):
         replace_conv3x3(model, where="layer1")
+
+
+WATCHED = {
+    "hook": lambda conv: conv.register_forward_hook(lambda *args: 2 * args[-1]),
+    "pruned": lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
+    "backward hook": lambda conv: conv.register_full_backward_hook(lambda *args: None),
+    "forward": lambda conv: setattr(conv, "forward", lambda x: 2 * nn.Conv2d.forward(conv, x)),
+    "parametrised": lambda conv: nn.utils.parametrizations.weight_norm(conv),
+}
+
+
+@pytest.mark.parametrize("watch", WATCHED.values(), ids=WATCHED)
+def test_what_would_be_lost_with_a_convolution_keeps_it(watch):
+    model, x = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3)), torch.randn(1, 16, 9, 9)
+    watch(model[0])
+    expected = model[0](x)
+    surgery = replace_conv3x3(model)
+    assert (surgery.replaced, list(surgery.left)) == (["1"], ["0"])
+    assert torch.equal(model[0](x), expected)
 
 
 def test_where_may_choose_one_of_two_uses():
