@@ -87,7 +87,7 @@ def draw_accuracy_against_parameters(table: pd.DataFrame) -> Figure:
         raise ValueError("table: no experiment with two networks that ran")
     fig, axes = plt.subplots(len(panels), 1, figsize=(6.5, 3.8 * len(panels)), squeeze=False)
     for ax, rows in zip(axes.flat, panels, strict=True):
-        largest, apart = rows["params"].max(), 6 * np.ptp(rows["top1"])  # labels stay 6 % of the height apart
+        largest, apart = rows["params"].max(), 9 * np.ptp(rows["top1"])  # labels stay 9 % of the height apart
         lowest = {"left": -np.inf, "right": -np.inf}
         for network, row in rows.iterrows():
             millions, top1, colour = row["params"] / 1e6, 100 * row["top1"], colour_of(network)
