@@ -181,6 +181,8 @@ def is_ordinary(x: Tensor, layer: SCConv, tensors: list[Tensor | None]) -> bool:
     lower = torch.is_autocast_enabled(x.device.type) and torch.float64 not in types and x.is_floating_point()
     if (len(types) > 1 and not lower) or any(t.device != x.device for t in tensors):
         return False  # as for nn.Conv2d an error
+    if is_too_small(x, layer.sru.gn, layer.cru.gwc):
+        return False
     return torch.compiler.is_compiling() or all(map(is_plain, tensors))
 
 
@@ -198,6 +200,12 @@ def is_plain(t: Tensor) -> bool:
     except RuntimeError:  # it has no storage
         return False
     return type(t) in (Tensor, nn.Parameter) and unpack_dual(t).tangent is None
+
+
+def is_too_small(x: Tensor, gn: nn.GroupNorm, gwc: nn.Conv2d) -> bool:
+    """Whether PyTorch refuses x, (N, C, H, W): in a line of its own, that a compiler would bury or not raise."""
+    sides = zip(x.shape[2:], gwc.padding, gwc.dilation, gwc.kernel_size, strict=True)
+    return x.numel() == gn.num_groups or any(side + 2 * p <= d * (k - 1) for side, p, d, k in sides)
 
 
 # ---- the rewrite ---------------------------------------------------------------------------------------------------

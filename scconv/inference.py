@@ -19,6 +19,7 @@ from scconv.compiled import (
     gate_affine,
     is_exporting,
     is_plain,
+    is_too_small,
     is_watched,
     own_tensors,
     plan_of,
@@ -66,7 +67,7 @@ class FoldedSCConv(nn.Module):
         check_input(x, self.in_channels)
         pointwise = {name: getattr(self, name) for name in ("squeeze_up", "squeeze_low", "pwc_up", "lower")}
         reason = reason_in_parts({"gn": (self.gn, WeightedGroupNorm)}, self.gwc, pointwise)
-        if isinstance(x, fx.Proxy) or is_exporting() or reason:
+        if isinstance(x, fx.Proxy) or is_exporting() or reason or is_too_small(x, self.gn, self.gwc):
             return self.part_by_part(x)
         device, dtype, compiling = x.device.type, self.gwc.weight.dtype, torch.compiler.is_compiling()
         if x.dtype != dtype and not torch.is_autocast_enabled(device):
@@ -97,9 +98,9 @@ class FoldedSCConv(nn.Module):
         x21, x22 = (w2.to(x.dtype) * x).chunk(2, dim=1)
         x = torch.cat([x11 + x22, x21 + x12], dim=1)  # (4)
         x_up, x_low = x.split([plan.up_channels, self.in_channels - plan.up_channels], dim=1)
-        x_up, x_low = self.squeeze_up(x_up), self.squeeze_low(self.at_centre(x_low))
+        x_up = self.squeeze_up(x_up)
         y1 = self.gwc(x_up) + self.pwc_up(self.at_centre(x_up))  # (5), (N, C2, H', W')
-        y2 = self.lower(x_low)  # (6)
+        y2 = self.lower(self.squeeze_low(self.at_centre(x_low)))  # (6)
         dtype = self.gwc.weight.dtype
         difference = (y1 - y2).mean((2, 3), keepdim=True, dtype=torch.promote_types(dtype, torch.float32))  # (7)
         beta1 = torch.sigmoid(difference * self.back).to(dtype)  # (8)

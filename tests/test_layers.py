@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from scconv import CRU, SRU, SCConv
+from scconv import CRU, SRU, SCConv, compile_scconv
 from scconv.complexity import count_params, scconv_params
+from scconv.inference import fuse_for_inference
 from scconv.layers import ORDERS, ChannelError, convert_published_state_dict
 from scconv.models import build_model
 
@@ -705,6 +707,22 @@ def test_an_image_smaller_than_the_kernel_is_the_convolutions_error(order, strid
     with pytest.raises(RuntimeError) as error:
         layer(x)
     assert str(error.value) == str(expected.value)
+
+
+@pytest.mark.parametrize(("layer", "witness", "size"), [
+    (SCConv(8, 8, 3, padding=0), nn.Conv2d(8, 8, 3), (2, 8, 1, 4)),
+    (SCConv(8, 8, 5, 2, 1, 2), nn.Conv2d(8, 8, 5, 2, 1, 2), (1, 8, 9, 6)),
+    (SCConv(4, 4, gwc_groups=1), nn.GroupNorm(4, 4), (1, 4, 1, 1)),
+])  # fmt: skip
+def test_too_small_an_image_is_one_line_in_every_form(layer, witness, size):
+    x = randn(*size, dtype=torch.float32)
+    with pytest.raises((RuntimeError, ValueError)) as expected:
+        witness(x)
+    compiled = copy.deepcopy(layer)
+    assert compile_scconv(compiled, backend="aot_eager").replaced
+    for form in (layer, compiled, fuse_for_inference(nn.Sequential(layer).eval())):
+        with pytest.raises(expected.type, match=f"^{re.escape(str(expected.value))}$"):
+            form(x)
 
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
