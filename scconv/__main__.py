@@ -1,5 +1,7 @@
 """The command `scconv`, or `python -m scconv`: `info` says what is here, `train` trains, `results` prints tables."""
 
+import codecs
+import io
 import os
 import sys
 
@@ -34,8 +36,17 @@ def info() -> int:
     return 0
 
 
+def spell_plainly(error: UnicodeEncodeError) -> tuple[str, int]:
+    """A terminal that has no "×" and no "–" gets x and -, and ? for any other character that it lacks."""
+    lacking = error.object[error.start : error.end]
+    return lacking.translate({ord("×"): "x", ord("–"): "-"}).encode("ascii", "replace").decode(), error.end
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: that of the command, 2 for one that is not there."""
+    codecs.register_error("spell plainly", spell_plainly)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="spell plainly")
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["info"]
     try:
         status = run(command, rest)

@@ -29,8 +29,9 @@ from torchvision.datasets import CIFAR100, Food101
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
-from scconv.checks import check_at_least, check_choice, one_line
+from scconv.checks import check_at_least, check_at_most, check_choice, one_line
 from scconv.files import atomic_file, expand
+from scconv.workers import batches_of, leave_signals_to_main
 
 IMAGE_SIZES = {"digits": 32, "cifar100": 32, "food101": 224}  # pixels, unless another size is asked for
 DATA_NAMES = tuple(IMAGE_SIZES)
@@ -116,8 +117,8 @@ def load_data(
     `root` is the folder that has the sets: by default the environment variable SCCONV_DATA, else `data` in this
     project's checkout, whichever folder a notebook or command runs in, else, with an installed package, ./data.
 
-    `image_size` is the side in pixels, by default that of `IMAGE_SIZES`: any from 8 for `digits`, 32 for `cifar100`,
-    any from 32 for `food101`. `workers` decode photographs (default: one per processor, at most 8); the in-memory sets
+    `image_size` is the side in pixels, by default that of `IMAGE_SIZES`: 8 to 256 for `digits`, 32 for `cifar100`, 32
+    to 2048 for `food101`. `workers` decode photographs (default: one per processor, at most 8); the in-memory sets
     need none. Raises ValueError, in one line, for an unknown name, a size that the set cannot have, a set that is not
     there, a download that fails, and a file that cannot be read; for a photograph, when its batch is asked for.
     """
@@ -141,6 +142,7 @@ def default_root() -> Path:
 def load_digit_images(image_size: int = 32) -> ImageData:
     """scikit-learn's 8x8 handwritten digits as RGB: 1,437 training and 360 test images, stratified, always the same."""
     check_at_least(8, image_size=image_size)
+    check_at_most(256, image_size=image_size)  # 353 MB, and no detail that the 8x8 pixels did not have
     pixels, labels = load_digits(return_X_y=True)
     grey = torch.from_numpy(pixels).reshape(-1, 1, 8, 8) * (255 / 16)  # their ink runs from 0 to 16
     size = (image_size, image_size)
@@ -201,6 +203,7 @@ def load_food101(root: Path, image_size: int = 224, download: bool = False, work
     resized to 256/224 of `image_size`, centre crop. Both are torchvision's for ImageNet.
     """
     check_at_least(32, image_size=image_size)
+    check_at_most(2048, image_size=image_size)
     meta, images = root / "food-101" / "meta", root / "food-101" / "images"
     if not (meta.is_dir() and images.is_dir()):
         fetch_food101(root, download)
@@ -356,20 +359,17 @@ def photograph_batches(
     addresses = [photograph_addresses(batch.tolist(), seed, epoch) for batch in batches if len(batch)]
     pinned = torch.device(device).type == "cuda"
     loader = DataLoader(
-        photographs, batch_sampler=addresses, num_workers=data.workers, pin_memory=pinned, generator=torch.Generator()
-    )  # what it draws must not move torch's own generator
+        photographs,
+        batch_sampler=addresses,
+        num_workers=data.workers,
+        pin_memory=pinned,
+        generator=torch.Generator(),  # what it draws must not move torch's own generator
+        worker_init_fn=leave_signals_to_main,
+    )
     mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
-    for images, labels in in_one_line(loader):
+    for images, labels in batches_of(loader):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         yield normalise(images, mean, std), labels
-
-
-def in_one_line(loader: DataLoader) -> Iterator:
-    """Its batches. A worker's error comes with the worker's traceback as text, whose last line is the error's own."""
-    try:
-        yield from loader
-    except ValueError as error:
-        raise ValueError(str(error).strip().rpartition("\n")[2].removeprefix("ValueError: ")) from error
 
 
 def photograph_addresses(indices: list[int], seed: int, epoch: int) -> list[tuple[int, int]]:

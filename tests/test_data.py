@@ -408,6 +408,8 @@ def test_the_address_is_torchvisions():
     [
         ("mnist", None, "data='mnist': must be one of digits, cifar100, food101"),
         ("digits", 7, "image_size=7: must be at least 8"),
+        ("digits", 257, "image_size=257: must be at most 256"),
+        ("food101", 4096, "image_size=4096: must be at most 2048"),
         ("digits", 0, "image_size=0: must be at least 8"),
         ("cifar100", 64, "image_size=64: must be 32"),
         ("food101", 8, "image_size=8: must be at least 32"),

@@ -157,7 +157,7 @@ def test_a_new_head_is_fresh_and_all_else_is_loaded(name, tmp_path):
     save_file(source.state_dict(), path)
     with pytest.raises(ValueError, match=r"num_classes=7: .* are for 10 classes; new_head=True loads all but"):
         build_model(name, 7, small_images=True, weights=path)
-    for classes in (7, 10):
+    for classes in (7, 10) if name == "scconv_resnet20" else (7,):
         torch.manual_seed(1)
         model = build_model(name, classes, small_images=True, weights=path, new_head=True)
         torch.manual_seed(1)

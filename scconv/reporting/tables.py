@@ -5,7 +5,6 @@ runs differ on their test images. Accuracies are fractions in the files and in t
 in percent.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from scconv.checks import OneLineParser, not_empty
 from scconv.files import expand
 from scconv.reporting.recorded import RESULTS
 from scconv.training.hits import read_run_with_hits, recompute_hits
@@ -141,6 +141,8 @@ def find_experiment(table: pd.DataFrame, network: str, data: str, **how) -> pd.S
 
 def paper_accuracy(network: str, path: Path = RESULTS / "paper.json") -> float | None:
     """The paper's top-1 on CIFAR-100 with its own recipe of 200 epochs, tables 2 and 1; None where it has none."""
+    if not path.exists():  # an installed package has no results
+        return None
     paper = json.loads(path.read_text(encoding="utf-8"))
     rows = {**paper["table1"]["rows"], **paper["table2"]["rows"]}
     return rows.get(network, {}).get("accuracy_cifar100")
@@ -215,25 +217,27 @@ def show_comparison(first: dict, second: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="scconv results", description=__doc__.splitlines()[0])
-    parser.add_argument("--table", default="overall", metavar="SET", help="overall, or a set such as cifar")
-    parser.add_argument("--folder", type=Path, default=RESULTS / "runs", help="of the result files")
+    parser = OneLineParser(prog="scconv results", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--table", type=not_empty, default="overall", metavar="SET", help="overall, or such as cifar")
+    parser.add_argument("--folder", type=not_empty, default=RESULTS / "runs", help="of the result files")
     pair = "hold two runs' result files against each other, image by image where they say which they had right"
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help=pair)
+    parser.add_argument("--compare", type=not_empty, nargs=2, metavar=("A.json", "B.json"), help=pair)
     hits = "evaluate runs' weights, and keep in hits/ which test images they have right"
-    parser.add_argument("--recompute-hits", type=Path, nargs="+", metavar="RUN.json", help=hits)
-    parser.add_argument("--data-root", type=Path, help="of the test images: else as for scconv train")
+    parser.add_argument("--recompute-hits", type=not_empty, nargs="+", metavar="RUN.json", help=hits)
+    parser.add_argument("--data-root", type=not_empty, help="of the test images: else as for scconv train")
     given = parser.parse_args(arguments)
     try:
         if given.recompute_hits:
             for path in given.recompute_hits:
-                print(recompute_hits(path, given.data_root))
+                print(recompute_hits(expand(path), given.data_root))
             return 0
         if given.compare:
-            first, second = map(read_run_with_hits, given.compare)
+            first, second = (read_run_with_hits(expand(path)) for path in given.compare)
             print(show_comparison(first, second))
             return 0
         runs = read_runs(given.folder)
+        if not runs:
+            raise ValueError(f"{given.folder}: no results of whole runs in it; name another with --folder")
         print(show_table(runs, given.table).to_string(index=False))
     except ValueError as error:
         print(f"scconv results: {error}", file=sys.stderr)

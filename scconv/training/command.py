@@ -18,23 +18,17 @@ could not be read or written.
 
 import argparse
 import ast
+import signal
 from dataclasses import MISSING, Field, fields
 
+from scconv.checks import OneLineParser, not_empty
 from scconv.training.distributed import warn
 from scconv.training.loop import execute_run
 from scconv.training.options import Options
 from scconv.training.run import prepare_run
-from scconv.training.stop import Stopped
+from scconv.training.stop import Stopped, answer_signals
 
 PROG = "scconv train"  # it runs as `python -m scconv.train` too, as accelerate launch and torchrun must start it
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse, without the usage text before an error."""
-
-    def error(self, message: str):
-        warn(f"error: {message}")
-        self.exit(2)
 
 
 def parse_scconv(text: str) -> tuple[str, object]:
@@ -43,7 +37,7 @@ def parse_scconv(text: str) -> tuple[str, object]:
         raise argparse.ArgumentTypeError(f"{text!r}: must be KEY=VALUE")
     try:
         return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # it is text
         return key, value
 
 
@@ -57,8 +51,8 @@ def add_flag(parser: argparse.ArgumentParser, of: Field) -> None:
     elif of.name == "scconv":
         described |= {"action": "append", "type": parse_scconv, "metavar": "KEY=VALUE"}
     else:
-        numbers = [number for number in (int, float) if of.type in (number, number | None)]
-        described |= {"type": numbers[0] if numbers else str, "metavar": of.metadata["metavar"]}
+        kinds = {int: int, int | None: int, float: float, float | None: float}
+        described |= {"type": kinds.get(of.type, not_empty), "metavar": of.metadata["metavar"]}
         if of.default not in (None, MISSING):
             described["help"] += f" (default: {of.default})"
     required = of.default is MISSING
@@ -80,16 +74,19 @@ def main(arguments: list[str] | None = None) -> int:
     given = vars(parser.parse_args(arguments))
     given["scconv"] = dict(given["scconv"] or {})
     try:
-        try:
+        with answer_signals(signal.default_int_handler):
             run = prepare_run(**given)
-        except ValueError as error:
-            parser.error(str(error))
-        result = execute_run(run)
+            result = execute_run(run)
+    except ValueError as error:
+        parser.error(str(error))
     except FloatingPointError as error:
         warn(str(error))
         return 3
     except Stopped as stop:
         warn(str(stop))
+        return 4
+    except KeyboardInterrupt:
+        warn("stopped by a signal, at once; the files that were there are as they were, --resume goes on from them")
         return 4
     except OSError as error:
         warn(f"{error.filename or given['out']}: {error.strerror or error}; the files that were there are as they were")

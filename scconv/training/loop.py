@@ -3,6 +3,8 @@
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -28,11 +30,12 @@ from scconv.training.checkpoint import (
     save_checkpoint,
 )
 from scconv.training.distributed import share_batch_norm, start_processes, warn
+from scconv.training.lock import only_run_of_its_name
 from scconv.training.metrics import add_to_totals, evaluate_each, means, new_totals
 from scconv.training.recipes import build_optimizer, build_schedule, learning_rate
 from scconv.training.results import write_result
 from scconv.training.run import Run, prepare_run
-from scconv.training.stop import Stopped, Watch
+from scconv.training.stop import Stopped, Watch, answer_signals
 
 
 def train(model: str, data: str | ImageData, *arguments, progress: bool = True, **options) -> dict:
@@ -41,9 +44,10 @@ def train(model: str, data: str | ImageData, *arguments, progress: bool = True, 
     The arguments are the fields of `Options`, the first five (model, data, recipe, seed, out) by position too.
 
     Raises:
-        ValueError: in one line and before any training, for invalid arguments.
+        ValueError: in one line: before any training, for invalid arguments, or where another process trains under the
+            same name; later, for an image that cannot be read.
         FloatingPointError: the loss is no longer finite.
-        Stopped: it was asked to stop (SIGTERM, Ctrl-C, `time_budget`), and has written a checkpoint.
+        Stopped: it was asked to stop (SIGTERM, SIGHUP, Ctrl-C, `time_budget`), and has written a checkpoint.
     """
     return execute_run(prepare_run(model, data, *arguments, **options), progress=progress)
 
@@ -54,7 +58,14 @@ def execute_run(run: Run, *, progress: bool = True) -> dict:
     watch = Watch(time.monotonic() + (options.time_budget or math.inf), 60 * options.checkpoint_minutes)
     if options.threads:
         torch.set_num_threads(options.threads)
-    accelerator = build_accelerator(run)
+    with answer_signals(watch.note):
+        accelerator = build_accelerator(run)
+        with only_run_of_its_name(run, accelerator):
+            return train_and_write(run, accelerator, watch, progress)
+
+
+def train_and_write(run: Run, accelerator: Accelerator, watch: Watch, progress: bool) -> dict:
+    options = run.options
     torch.manual_seed(options.seed)
     model = run.build_model()
     size = run.data.image_size
@@ -124,7 +135,7 @@ class Training:
             desc=run.name,
             disable=None if show else True,  # None: a bar in a terminal, none in a log
         )
-        with bar, self.watch:
+        with bar:
             while state.epoch < run.recipe.epochs:
                 self.train_epoch(bar)
                 self.end_epoch()
@@ -143,6 +154,12 @@ class Training:
         where = {"rank": self.accelerator.process_index, "world": self.accelerator.num_processes, "device": device}
         how = {"augment": recipe.augment, "start": now.step, **where}
         batches = train_batches(self.data, recipe.batch_size, seed, state.epoch, **how)
+        with closing(batches):  # its workers end with the epoch, however that ends
+            self.train_on(batches, size, bar)
+
+    def train_on(self, batches: Iterator, size: int, bar: tqdm) -> None:
+        """The steps that the epoch still has."""
+        now = self.state.now
         self.model.train()
         start = time.perf_counter() - now.seconds
         self.save_or_stop()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from scconv.checks import check_at_least, check_choice
+from scconv.checks import check_at_least, check_at_most, check_choice
 from scconv.data import DATA_NAMES, ImageData
 from scconv.models import model_names
 from scconv.training.recipes import RECIPES, Recipe
@@ -48,9 +48,7 @@ class Options:
     channels_last: bool = option("memory format of the network", default=False)
     threads: int | None = option("of the processor, for one operation", metavar="N", default=None)
     scconv: dict | None = option("an option of SCConv, such as gate=hard; may be repeated", default=None)
-    data_root: str | Path | None = option(
-        "of the sets: else SCCONV_DATA, else data/ of the checkout or here", default=None
-    )
+    data_root: str | Path | None = option("else SCCONV_DATA, else data/ of the checkout, or here", default=None)
     download: bool = option("fetch a set that is not there", default=False)
     workers: int | None = option("processes that decode photographs", metavar="N", default=None)
     time_budget: float | None = option("stop before, to be resumed", metavar="SECONDS", default=None)
@@ -70,7 +68,12 @@ class Options:
         at_least_1 = ("epochs", "batch_size", "limit_train_batches", "threads", "time_budget")
         check_at_least(1, **{name: getattr(self, name) for name in at_least_1})
         check_at_least(0, **{name: getattr(self, name) for name in ("seed", "workers", "checkpoint_minutes")})
-        if self.seed > LARGEST_SEED:
-            raise ValueError(f"seed={self.seed}: must be at most {LARGEST_SEED}")
+        check_at_most(LARGEST_SEED, seed=self.seed)
+        check_at_most(100_000, epochs=self.epochs)
+        check_at_most(1024, threads=self.threads, workers=self.workers)
+        for key in (self.scconv or {}).keys() & {"where", "weights", "new_head"}:
+            raise ValueError(f"scconv: {key}: not an option of the layer, and no run's name can tell it")
+        if not isinstance(bias := (self.scconv or {}).get("bias", False), bool):  # the layer takes any truth
+            raise ValueError(f"scconv: bias={bias!r}: must be True or False")
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr={self.lr}: must be more than 0")
