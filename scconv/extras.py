@@ -9,6 +9,7 @@ EXTRAS = {
     "pandas": "train",
     "scipy": "train",
     "tqdm": "train",
+    "filelock": "train",
     "captum": "book",
     "matplotlib": "book",
     "seaborn": "book",

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from filelock import FileLock
+from PIL import Image
 from safetensors.torch import load_file
 
 from scconv import files
 from scconv.data import load_data
-from scconv.training import Stopped, train
+from scconv.training import Stopped, execute_run, prepare_run, train
 from scconv.training import loop as train_module
 from scconv.training import run as run_module
 from scconv.training import stop as stop_module
@@ -62,7 +66,7 @@ def assert_same(out: Path, other: tuple[dict, Path]) -> None:
     tensors, others = load_file(weights), load_file(expected)
     assert tensors.keys() == others.keys()
     assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
-    assert not list(out.glob("*.pt"))
+    assert not [*out.glob("*.pt"), *out.glob("*.lock")]
 
 
 def start(out: Path, *words: str) -> subprocess.Popen:
@@ -106,14 +110,18 @@ def test_killed_five_times_at_random_moments(undisturbed, tmp_path):
     assert_same(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, digits, undisturbed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("times", [1, 2])  # `timeout` signals its command, and then its group: the command again
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
+    number, times, digits, undisturbed, tmp_path, monkeypatch
+):
     steps = []
 
     def signal_at_the_fourteenth(*arguments):
         steps.append(1)
         if len(steps) == 14:
-            os.kill(os.getpid(), number)
+            for _ in range(times):
+                signal.raise_signal(number)
         return add_to_totals(*arguments)
 
     add_to_totals = train_module.add_to_totals
@@ -163,12 +171,182 @@ def test_a_time_budget_is_kept_and_the_pieces_make_the_whole(digits, undisturbed
     assert_same(tmp_path, undisturbed)
 
 
+def test_a_signal_that_comes_again_later_stops_at_once(tmp_path, monkeypatch, capsys):
+    def impatient(*_):
+        signal.raise_signal(signal.SIGTERM)
+        monkeypatch.setattr(stop_module, "AGAIN", -1)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train_module, "add_to_totals", impatient)
+    handlers = [signal.getsignal(number) for number in stop_module.STOP_SIGNALS]
+    assert main([*COMMAND.split(), "--out", str(tmp_path)]) == 4
+    error = capsys.readouterr().err
+    assert "stopped by a signal, at once" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    assert handlers == [signal.getsignal(number) for number in stop_module.STOP_SIGNALS]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_before_the_first_step_is_one_line(number, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_module, "load_data", lambda *_, **__: signal.raise_signal(number))
+    assert main([*COMMAND.split(), "--out", str(tmp_path)]) == 4
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_under_nohup_goes_on_when_its_terminal_is_closed(digits, undisturbed, tmp_path, monkeypatch):
+    def closed(*arguments):
+        signal.raise_signal(signal.SIGHUP)
+        return add_to_totals(*arguments)
+
+    add_to_totals = train_module.add_to_totals
+    monkeypatch.setattr(train_module, "add_to_totals", closed)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run(digits, tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert_same(tmp_path, undisturbed)
+
+
 def test_a_stopped_command_exits_with_4_and_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_module.Watch, "why_stop", lambda *_: "SIGTERM")
     assert main([*COMMAND.split(), "--out", str(tmp_path)]) == 4
     error = capsys.readouterr().err
     assert "stopped by SIGTERM in epoch 1 of 3, after step 0 of 12; go on with" in error
     assert error.count("\n") == 1
+
+
+# ---- photographs, whose workers get the signals too -----------------------------------------------------------------
+
+STARTED_BY = """
+import multiprocessing, runpy, sys
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv.pop(1))
+    runpy.run_module("scconv.train", run_name="__main__", alter_sys=True)
+"""
+PHOTOGRAPHS = (
+    "--model resnet20 --data food101 --image-size 32 --recipe quick --epochs 3 --batch-size 4 --threads 1 --workers 2"
+)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Two classes of noise in Food-101's layout."""
+    root = tmp_path_factory.mktemp("photographs")
+    base, noise = root / "food-101", np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 6)):
+        listed = {name: [f"{name}/{split}{k}" for k in range(count)] for name in ("pie", "soup")}
+        for name in (name for names in listed.values() for name in names):
+            path = base / "images" / f"{name}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noise.integers(256, size=(40, 50, 3), dtype=np.uint8)).save(path)
+        (base / "meta").mkdir(exist_ok=True)
+        (base / "meta" / f"{split}.json").write_text(json.dumps(listed))
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed_photographs(photographs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed_photographs")
+    assert main([*PHOTOGRAPHS.split(), "--data-root", str(photographs), "--out", str(out)]) == 0
+    (path,) = out.glob("*.json")
+    return json.loads(path.read_text()), out
+
+
+def family(process: subprocess.Popen) -> list[int]:
+    """A command's process group, those that it started last first."""
+    found = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout.split()
+    return sorted(map(int, found), reverse=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("pgrep"), reason="no pgrep on this machine")
+@pytest.mark.parametrize(
+    ("method", "number", "to"),
+    [
+        ("fork", signal.SIGTERM, "the process, then its group, as timeout does"),
+        ("fork", signal.SIGINT, "each process, the workers first, as a scheduler may"),
+        ("spawn", signal.SIGTERM, "each process, the workers first, as a scheduler may"),
+        ("spawn", signal.SIGHUP, "the group, as a terminal does"),
+    ],
+)
+def test_workers_leave_signals_to_the_main_process(
+    method, number, to, photographs, undisturbed_photographs, tmp_path, capsys
+):
+    """With spawn the signal reaches workers that are not yet ready for one."""
+    script, out = tmp_path / "started.py", tmp_path / "out"
+    script.write_text(STARTED_BY)
+    words = [*PHOTOGRAPHS.split(), "--data-root", str(photographs), "--out", str(out)]
+    command = [sys.executable, str(script), method, *words, "--checkpoint-minutes", "0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    wait_for(lambda: len(family(process)) > 2, process)
+    if "each" in to:
+        for pid in family(process):
+            os.kill(pid, number)
+    else:
+        if "then" in to:
+            os.kill(process.pid, number)
+        os.killpg(process.pid, number)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 4, error
+    assert f"stopped by {number.name} in epoch 1 of 3, after step" in error
+    assert error.count("\n") == 1
+    assert list(out.glob("*.pt"))
+    assert main([*words, "--resume"]) == 0
+    assert_same(out, undisturbed_photographs)
+
+
+# ---- twice at once -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_run_of_the_same_name_at_the_same_time_is_refused(how, digits, undisturbed, tmp_path, monkeypatch):
+    refused = []
+
+    def start_another(*arguments):
+        if len(refused) < 3:
+            with pytest.raises(ValueError, match="is being trained by another process") as error:
+                run(digits, tmp_path, **how)
+            refused.append(str(error.value))
+        return add_to_totals(*arguments)
+
+    add_to_totals = train_module.add_to_totals
+    monkeypatch.setattr(train_module, "add_to_totals", start_another)
+    run(digits, tmp_path)
+    assert_same(tmp_path, undisturbed)
+    assert len(refused) == 3
+    assert all(undisturbed[0]["name"] in line and "\n" not in line for line in refused)
+
+
+def test_the_command_refuses_it_with_2_and_one_line(tmp_path, capsys):
+    words = [*COMMAND.split(), "--out", str(tmp_path)]
+    first = FileLock(prepare_run("resnet20", "digits", "quick", out=tmp_path, image_size=8, epochs=3,
+                                 limit_train_batches=STEPS).path(".lock"))  # fmt: skip
+    with first, pytest.raises(SystemExit) as stop:
+        main([*words, "--resume"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "is being trained by another process" in error
+    assert error.count("\n") == 1
+
+
+def test_a_lock_that_a_killed_process_left_does_not_count(digits, undisturbed, tmp_path):
+    (tmp_path / f"{undisturbed[0]['name']}.lock").touch()
+    run(digits, tmp_path)
+    assert_same(tmp_path, undisturbed)
+
+
+def test_what_another_process_has_finished_meanwhile_is_not_overwritten(digits, tmp_path):
+    how = {"limit_train_batches": 1, "image_size": 8}
+    first, second = (prepare_run("resnet20", digits, replace(RECIPE, epochs=1), out=tmp_path, **how) for _ in range(2))
+    execute_run(first, progress=False)
+    content = first.path(".json").read_bytes()
+    with pytest.raises(ValueError, match=r"json exists; overwrite=True"):
+        execute_run(second, progress=False)
+    assert first.path(".json").read_bytes() == content
 
 
 # ---- damage --------------------------------------------------------------------------------------------------------
