@@ -41,8 +41,8 @@ def count_params(model: nn.Module) -> int:
 def count_macs(model: nn.Module, input_shape: Sequence[int] = (1, 3, 32, 32)) -> int:
     """Multiply-accumulates of convolutions and matrix products in one forward pass on an input (N, C, H, W).
 
-    Executed on a copy without data, so any network is counted at once; hooks are called, too. Norms, activations and gates do
-    not count, as usual in the literature; they cost time all the same.
+    Executed on a copy without data, so any network is counted at once; hooks are called, too. Norms, activations and
+    gates do not count, as usual in the literature; they cost time all the same.
     """
     return _count(model, input_shape)[""]
 

@@ -527,7 +527,8 @@ def test_features_of_a_network_can_be_extracted():
 @pytest.mark.parametrize("gate", ["soft", "hard"])
 def test_compiles_to_one_graph(order, gate):
     torch.compiler.reset()  # one test must not use up the recompilations of the next
-    layer = SCConv(16, 16, stride=2, order=order, gate=gate)
+    options = {} if order == "cru" else {"gate": gate}  # a CRU alone has none
+    layer = SCConv(16, 16, stride=2, order=order, **options)
     x = randn(2, 16, 7, 7, dtype=torch.float32).requires_grad_()
     y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     assert_close(y, layer(x))
