@@ -20,8 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -143,6 +141,11 @@ def load_digit_images(image_size: int = 32) -> ImageData:
     """scikit-learn's 8x8 handwritten digits as RGB: 1,437 training and 360 test images, stratified, always the same."""
     check_at_least(8, image_size=image_size)
     check_at_most(256, image_size=image_size)  # 353 MB, and no detail that the 8x8 pixels did not have
+    # Here, since workers that decode photographs import this file: they start in half the time, and no helper process
+    # of scikit-learn's complains when a closed terminal ends it.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     pixels, labels = load_digits(return_X_y=True)
     grey = torch.from_numpy(pixels).reshape(-1, 1, 8, 8) * (255 / 16)  # their ink runs from 0 to 16
     size = (image_size, image_size)

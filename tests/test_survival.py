@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 
 from scconv import files
 from scconv.data import load_data
-from scconv.training import Stopped, execute_run, prepare_run, train
+from scconv.training import Stopped, execute_run, prepare_run, read_run, train
 from scconv.training import loop as train_module
 from scconv.training import run as run_module
 from scconv.training import stop as stop_module
@@ -579,3 +580,38 @@ def test_two_processes_do_what_one_does(launcher, one_process, tmp_path):
         torch.testing.assert_close(weights[name], tensor, rtol=1e-6, atol=1e-9, msg=name)
     rounded = [name for name, tensor in expected_weights.items() if not torch.equal(weights[name], tensor)]
     assert rounded, "one process: two would round differently"
+
+
+# ---- the chapter that trains ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_full_tier_of_the_chapter_on_training_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Its cell, with small networks and digits: interrupted in the second run, run again, and once more."""
+    chapter = json.loads((Path(__file__).parents[1] / "notebooks" / "06_training.ipynb").read_text(encoding="utf-8"))
+    (cell,) = (cell for cell in chapter["cells"] if cell["id"] == "train-code")
+    asked, trained = [], []
+
+    def load(name, image_size, download):
+        asked.append(download)
+        return load_data(name, image_size=image_size)
+
+    def train_this(name, *arguments, **options):
+        trained.append(name)
+        return train(name, *arguments, **options)
+
+    settings = {"data": "digits", "image_size": 8, "recipe": "quick", "epochs": 2, "limit_train_batches": 40}
+    names = {"TIER": "full", "NETWORKS": ("resnet20", "scconv_resnet20"), "SETTINGS": settings, "RESULTS": tmp_path}
+    names |= {"tempfile": tempfile, "load_data": load, "train": train_this, "prepare_run": prepare_run}
+    names |= {"read_run": read_run}
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.Watch, "why_stop", stop_at_call(2 * 41 + 5))
+        with pytest.raises(Stopped):
+            exec("".join(cell["source"]), names)
+    exec("".join(cell["source"]), names)
+    assert trained == ["resnet20", "scconv_resnet20", "scconv_resnet20"]
+    first = names["results"]
+    exec("".join(cell["source"]), names)
+    assert len(trained) == 3, "both were read"
+    assert json.loads(json.dumps(first)) == json.loads(json.dumps(names["results"]))
+    assert asked == [True] * 3

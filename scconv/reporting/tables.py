@@ -229,17 +229,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.recompute_hits:
             for path in given.recompute_hits:
-                print(recompute_hits(expand(path), given.data_root))
+                print(recompute_hits(path, given.data_root))
             return 0
         if given.compare:
-            first, second = (read_run_with_hits(expand(path)) for path in given.compare)
+            first, second = map(read_run_with_hits, given.compare)
             print(show_comparison(first, second))
             return 0
         runs = read_runs(given.folder)
         if not runs:
             raise ValueError(f"{given.folder}: no results of whole runs in it; name another with --folder")
         print(show_table(runs, given.table).to_string(index=False))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"scconv results: {error}", file=sys.stderr)
         return 2
     return 0
