@@ -4,6 +4,7 @@ import contextlib
 import errno
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -300,6 +301,40 @@ def test_workers_leave_signals_to_the_main_process(
     assert_same(out, undisturbed_photographs)
 
 
+def test_a_worker_that_is_killed_is_one_line(photographs, tmp_path, monkeypatch, capsys):
+    """As the system does that has no memory left. What was saved stays."""
+
+    def kill_one(*arguments):
+        multiprocessing.active_children()[0].kill()
+        time.sleep(10)  # until its end is told
+        return add_to_totals(*arguments)
+
+    add_to_totals = train_module.add_to_totals
+    monkeypatch.setattr(train_module, "add_to_totals", kill_one)
+    words = [*PHOTOGRAPHS.split(), "--data-root", str(photographs), "--out", str(tmp_path), "--checkpoint-minutes", "0"]
+    assert main(words) == 5
+    error = capsys.readouterr().err
+    assert "is killed by signal" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.glob("*.pt"))
+
+
+def test_a_damaged_photograph_is_one_line_and_status_2(photographs, tmp_path, capsys):
+    """It is one of those that training meets after the first epoch's beginning; 0 and 2 workers."""
+    copy = tmp_path / "copy"
+    shutil.copytree(photographs, copy)
+    path = copy / "food-101" / "images" / "soup" / "train7.jpg"
+    path.write_bytes(path.read_bytes()[:900])
+    for workers in ("0", "2"):
+        with pytest.raises(SystemExit) as stop:
+            main([*PHOTOGRAPHS.split(), "--workers", workers, "--data-root", str(copy), "--out", str(tmp_path / "out")])
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"scconv train: error: {path}: cannot be read (")
+        assert error.count("\n") == 1
+        assert not list((tmp_path / "out").iterdir())
+
+
 # ---- twice at once -------------------------------------------------------------------------------------------------
 
 
@@ -512,6 +547,22 @@ def test_a_full_disk_stops_in_one_line_and_what_was_saved_stays(
     assert len(list(tmp_path.iterdir())) == left, "no temporary file"
     assert main([*words, "--resume"]) == 0
     assert_same(tmp_path, undisturbed)
+
+
+def test_a_file_that_the_system_cuts_off_is_one_line(tmp_path, capsys):
+    """A real error of the disk: the system lets no file grow beyond 100 kB, and a checkpoint is larger."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        assert main([*COMMAND.split(), "--out", str(tmp_path)]) == 5
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert str(tmp_path) in error
+    assert "File too large" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_loss_that_is_not_finite_leaves_the_checkpoint(digits, stopped_twice, monkeypatch):

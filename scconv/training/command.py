@@ -12,8 +12,8 @@ they compute what one does, but for the rounding of sums that are taken in anoth
     accelerate launch --num_processes 2 --multi_gpu -m scconv.train ...   # no GPU, in spite of the name
     torchrun --nproc_per_node 2 -m scconv.train ...                       # either
 
-Exit status: 0 done, 2 misuse, 3 the loss was no longer finite, 4 stopped on request and ready for `--resume`, 5 a file
-could not be read or written.
+Exit status: 0 done, 2 misuse, or data that cannot be read, 3 the loss was no longer finite, 4 stopped on request and
+ready for `--resume`, 5 a file could not be written, or a process that decodes photographs was killed.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import ast
 import signal
 from dataclasses import MISSING, Field, fields
 
-from scconv.checks import OneLineParser, not_empty
+from scconv.checks import OneLineParser, not_empty, one_line
 from scconv.training.distributed import warn
 from scconv.training.loop import execute_run
 from scconv.training.options import Options
@@ -85,6 +85,11 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as stop:
         warn(str(stop))
         return 4
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        warn(f"{one_line(error)}; the files that were there are as they were, --resume goes on from them")
+        return 5
     except KeyboardInterrupt:
         warn("stopped by a signal, at once; the files that were there are as they were, --resume goes on from them")
         return 4
