@@ -172,7 +172,7 @@ def is_watched(module: nn.Module) -> bool:
 
 def is_ordinary(x: Tensor, layer: SCConv, tensors: list[Tensor | None]) -> bool:
     """Whether x suits the layer, and all are tensors of numbers that compiled code can read."""
-    if is_exporting() or type(x) not in (Tensor, nn.Parameter):
+    if is_exporting() or is_transforming() or type(x) not in (Tensor, nn.Parameter):
         return False
     if x.ndim != 4 or not x.shape[1] == layer.sru.channels == layer.cru.in_channels or not x.numel() or x.is_meta:
         return False
@@ -191,6 +191,11 @@ def is_exporting() -> bool:
     # Before torch 2.14 Dynamo answers that it exports even where it only compiles.
     exporting = torch.compiler.is_exporting() and not (OLD and torch.compiler.is_dynamo_compiling())
     return exporting or torch.jit.is_tracing()
+
+
+def is_transforming() -> bool:
+    """Whether torch.func differentiates or batches what runs. PyTorch has no public way to ask that Dynamo follows."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def is_plain(t: Tensor) -> bool:

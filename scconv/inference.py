@@ -12,7 +12,6 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.autograd.forward_ad import unpack_dual
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from scconv.compiled import (
@@ -20,6 +19,7 @@ from scconv.compiled import (
     is_exporting,
     is_plain,
     is_too_small,
+    is_transforming,
     is_watched,
     own_tensors,
     plan_of,
@@ -37,10 +37,10 @@ fx.wrap("check_input")  # torch.fx does not look inside, where it could not foll
 class FoldedSCConv(nn.Module):
     """An SCConv in evaluation mode and the batch norm behind it, (N, C1, H, W) to (N, C2, H', W').
 
-    Computes in the precision of its weights, under autocast too. It has no gradients: asking for one is an error.
+    Computes in the precision of its weights, under autocast too.
 
-    Its parts are a group norm and five convolutions. They are called one by one, as exporters, quantisers and counters
-    need it, wherever one of them has a hook or was changed, and under torch.fx, torch.export, torch.jit.trace and vmap.
+    Its parts are a group norm and five convolutions. They are called one by one, which is slower, wherever one of them
+    has a hook or was changed, where a derivative is asked for, and under torch.fx, torch.export and torch.jit.trace.
     """
 
     def __init__(self, scconv: SCConv, norm: nn.BatchNorm2d | None):
@@ -67,26 +67,32 @@ class FoldedSCConv(nn.Module):
         check_input(x, self.in_channels)
         pointwise = {name: getattr(self, name) for name in ("squeeze_up", "squeeze_low", "pwc_up", "lower")}
         reason = reason_in_parts({"gn": (self.gn, WeightedGroupNorm)}, self.gwc, pointwise)
-        if isinstance(x, fx.Proxy) or is_exporting() or reason or is_too_small(x, self.gn, self.gwc):
+        if (
+            reason
+            or isinstance(x, fx.Proxy)
+            or is_exporting()
+            or is_transforming()
+            or self.is_asked_for_a_derivative(x)
+            or is_too_small(x, self.gn, self.gwc)
+        ):
             return self.part_by_part(x)
-        device, dtype, compiling = x.device.type, self.gwc.weight.dtype, torch.compiler.is_compiling()
+        device, dtype = x.device.type, self.gwc.weight.dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(device):
             raise ValueError(f"input of {x.dtype}: must be {dtype}, as the weights are")
-        wide = torch.promote_types(dtype, torch.float32)
+        compiling, wide = torch.compiler.is_compiling(), torch.promote_types(dtype, torch.float32)
+        if not compiling and (x.is_meta or not all(map(is_plain, (x, *self.parameters())))):
+            return self.part_by_part(x)
         tensors = (
             *gate_affine(self.gn.weight, self.gn.bias, wide), self.squeeze_up.weight, self.squeeze_low.weight,
             self.gwc.weight, self.pwc_up.weight, self.gwc.bias, self.lower.weight.flatten(1),
         )  # fmt: skip
-        asked = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        stand_in = not compiling and (x.is_meta or not is_plain(x))  # is_plain: not of torch.func, nor a subclass
-        if (asked and (compiling or stand_in)) or (not compiling and unpack_dual(x).tangent is not None):
-            raise RuntimeError(NO_GRADIENT)
-        if stand_in:
-            return self.part_by_part(x)
         with torch.no_grad(), torch.autocast(device, enabled=False):
             arguments = x.to(dtype), *tensors, self.plan, (self.back.to(wide), self.offset)
-            y = rewrite(*arguments) if compiling or not self.compiler else run_compiled(rewrite, self, *arguments)
-        return NoGradient.apply(x, y, self.gwc.weight) if asked else y
+            return rewrite(*arguments) if compiling or not self.compiler else run_compiled(rewrite, self, *arguments)
+
+    def is_asked_for_a_derivative(self, x: Tensor) -> bool:
+        """With respect to x or to a parameter."""
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
     def part_by_part(self, x: Tensor) -> Tensor:
         """Eq. (1)-(9) as a group norm and five convolutions."""
@@ -122,21 +128,6 @@ def _convolution(weight: Tensor, bias: Tensor | None = None, *geometry) -> nn.Co
     return conv
 
 
-NO_GRADIENT = "FoldedSCConv: has no gradients, take them from the network before fuse_for_inference"
-
-
-class NoGradient(torch.autograd.Function):
-    """y, (N, C2, H', W'), as a function of x and a weight whose derivative is an error."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        raise RuntimeError(NO_GRADIENT)
-
-
 def affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """a and c of a batch norm in evaluation mode, (C,) each."""
     factor = torch.rsqrt(norm.running_var + norm.eps)
@@ -156,8 +147,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     A batch norm stays where something else reads what it normalises, where its factor is 0 in a channel, where it has
     no statistics, or where it or the convolution has a hook, a second use or a reader of its weights. An SCConv that
     the rewrite of `compile_scconv` does not cover stays as it is too, and a warning names it with the reason. The copy
-    computes the same up to rounding. It is for use, not for training: its parameters are frozen, and a gradient through
-    a FoldedSCConv raises RuntimeError. For speed, let `compile_scconv` take the model first or compile the copy.
+    computes the same up to rounding. It is for use, not for training: its parameters are frozen. For speed, let
+    `compile_scconv` take the model first or compile the copy.
 
     Raises:
         ValueError: torch.fx cannot follow the model's forward, so what stands behind what is not known; or the model

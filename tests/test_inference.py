@@ -149,6 +149,16 @@ def test_a_changed_layer_is_left_and_named(change):
     assert type(fused[3]) is FoldedSCConv
 
 
+def test_pruning_is_made_permanent_first():
+    model, x = with_a_past(nn.Sequential(SCConv(8, 8))), torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    prune.l1_unstructured(model[0].cru.gwc, "weight", 0.5)
+    expected = model(x)
+    with pytest.raises(ValueError, match=r"^model=Sequential: cannot be copied \(prune.remove makes pruning.*$"):
+        fuse_for_inference(model)
+    prune.remove(model[0].cru.gwc, "weight")
+    assert_close(fuse_for_inference(model)(x), expected)
+
+
 class Reader(nn.Module):
     """Something else reads the first convolution's weight."""
 
@@ -175,17 +185,29 @@ def test_a_convolution_that_is_watched_or_read_elsewhere_stays(build):
 # ---- it is for use alone ----
 
 
-@pytest.mark.parametrize("frozen", [True, False], ids=["gradient of the input", "gradient of a parameter"])
-def test_a_gradient_through_it_is_refused(frozen):
+def test_parameters_are_frozen_and_derivatives_of_the_input_are_right():
     model = with_a_past(nn.Sequential(nn.Conv2d(8, 8, 1), SCConv(8, 8), nn.BatchNorm2d(8)))
     fused, x = fuse_for_inference(model), torch.randn(1, 8, 4, 4, dtype=torch.float64)
     assert not any(parameter.requires_grad for parameter in fused.parameters())
-    y = fused(x.requires_grad_()) if frozen else fused.requires_grad_()(x)
-    assert_close(y, model(x))
-    with pytest.raises(RuntimeError, match=r"^FoldedSCConv: has no gradients"):
-        y.sum().backward()
-    with pytest.raises(RuntimeError, match="FoldedSCConv: has no gradients"), forward_ad.dual_level():
-        fused(forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+    jacobian = torch.autograd.functional.jacobian
+    assert_close(jacobian(fused, x), jacobian(model, x), rtol=1e-10, atol=1e-10)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(fused(forward_ad.make_dual(x, x))).tangent
+    assert_close(tangent, torch.func.jvp(model, (x,), (x,))[1], rtol=1e-10, atol=1e-10)
+
+
+def test_a_parameter_that_is_thawed_gets_its_gradient():
+    fused, x = fuse_for_inference(SCConv(8, 8, dtype=torch.float64)), torch.randn(1, 8, 3, 3, dtype=torch.float64)
+    weight = fused.requires_grad_().squeeze_low.weight
+    (found,) = torch.autograd.grad(fused(x).square().sum(), weight)
+    step = 1e-6 * torch.randn(weight.shape, dtype=torch.float64)
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * step
+            values.append(fused(x).square().sum())
+            weight -= sign * step
+    assert_close((found * step).sum(), (values[0] - values[1]) / 2, rtol=1e-6, atol=1e-12)
 
 
 def test_what_a_convolution_refuses_is_refused():

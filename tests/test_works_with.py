@@ -34,7 +34,6 @@ from scconv.reporting.recorded import RESULTS
 
 PATH = RESULTS / "works_with.json"
 FORMS = ("conv2d", "scconv", "compiled", "fused")
-LEFT = r"^fuse_for_inference left 1 SCConv as they are"
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
 
 
@@ -49,9 +48,6 @@ class WorksIf(NamedTuple):
 
 NO_SECOND = Refused(
     "no second derivatives", "create_graph=True: a compiled SCConv has no second derivatives, see uncompile_scconv"
-)
-NO_GRADIENT = Refused(
-    "no gradients", "FoldedSCConv: has no gradients, take them from the network before fuse_for_inference"
 )
 
 
@@ -96,30 +92,24 @@ def with_a_past(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def build(form: str, change=None) -> tuple[nn.Module, nn.Module]:
-    """The layer, 8 channels to 8, in one form; and its plain text, or the same convolution. Both float64.
-
-    `change` is applied to both. A fused layer is changed before it is fused, so it must be left as it is, and named.
-    """
+def build(form: str) -> tuple[nn.Module, nn.Module]:
+    """The layer, 8 channels to 8, in one form; and its plain text, or the same convolution. Both float64."""
     torch.manual_seed(0)
     plain = nn.Conv2d(8, 8, 3, padding=1) if form == "conv2d" else SCConv(8, 8)
     plain = with_a_past(plain.double())
     if form == "fused":
         plain = with_a_past(nn.Sequential(plain, nn.BatchNorm2d(8).double())).eval()
+        return fuse_for_inference(plain), plain
     layer = copy.deepcopy(plain)
     if form == "compiled":
         assert compile_scconv(layer, backend="eager").replaced == [""]
-    for either in (layer, plain) if change else ():
-        torch.manual_seed(1)
-        change(either)
-    if form == "fused":
-        layer = fuse_with_warning(layer) if change else fuse_for_inference(layer)
     return layer, plain
 
 
-def fuse_with_warning(layer: nn.Module) -> nn.Module:
-    with pytest.warns(UserWarning, match=LEFT):
-        return fuse_for_inference(layer)
+def twins(form: str) -> tuple[nn.Module, nn.Module]:
+    """The same, with equal parts and parameters. A fused layer has its own, so a second one is its reference."""
+    layer, plain = build(form)
+    return (layer.requires_grad_(), copy.deepcopy(layer)) if form == "fused" else (layer, plain)
 
 
 def convolutions(layer: nn.Module) -> list[nn.Conv2d]:
@@ -175,9 +165,10 @@ def feature_extractor(form):
 def whole_network(form):
     layer, plain = build(form)
     model, x = network(layer), randn(2, 3, 5, 6)
-    with torch.set_grad_enabled(form != "fused"):
-        found = torch.compile(model, backend="eager", fullgraph=True)(x)
-    same(found, model.head(plain(model.stem(x)).relu()))
+    for with_gradients in (True, False):
+        with torch.set_grad_enabled(with_gradients):
+            found = torch.compile(model, backend="eager", fullgraph=True)(x)
+            same(found, model.head(plain(model.stem(x)).relu()))
 
 
 @row("torch.export, N, H and W free", "deployment")
@@ -246,19 +237,22 @@ def pt2e(form):
 TABLE = "derivatives"
 
 
-@row("torch.func.grad, of parameters and of the input", "functional training", fused=NO_GRADIENT)
+@row("torch.func.grad, of parameters and of the input", "functional training")
 def func_grad(form):
     layer, plain = build(form)
     x = randn(2, 8, 4, 5)
-    found = torch.func.grad(lambda x: layer(x).square().sum())(x)
+    loss = lambda x: layer(x).square().sum()  # noqa: E731
     leaf = x.clone().requires_grad_()
-    same(found, torch.autograd.grad(plain(leaf).square().sum(), leaf)[0])
+    expected = torch.autograd.grad(plain(leaf).square().sum(), leaf)[0]
+    same(torch.func.grad(loss)(x), expected)
+    same(torch.compile(torch.func.grad(loss), backend="eager")(x), expected)
+    layer, plain = twins(form)
     own = {name: parameter.detach() for name, parameter in layer.named_parameters()}
     loss = lambda own: torch.func.functional_call(layer, own, (x,)).square().sum()  # noqa: E731
     same(torch.func.grad(loss)(own), gradients(plain, x))
 
 
-@row("torch.func.jvp and forward-mode AD", "directional derivatives", fused=NO_GRADIENT)
+@row("torch.func.jvp and forward-mode AD", "directional derivatives")
 def jvp(form):
     layer, plain = build(form)
     x, v = randn(2, 8, 4, 5), randn(2, 8, 4, 5, seed=2)
@@ -269,13 +263,14 @@ def jvp(form):
 @row("torch.vmap", "ensembles, a loop over images")
 def vmap(form):
     layer, plain = build(form)
-    x = randn(3, 8, 4, 5)
-    same(torch.vmap(lambda image: layer(image[None])[0])(x), plain(x))
+    x, batched = randn(3, 8, 4, 5), torch.vmap(lambda image: layer(image[None])[0])
+    same(batched(x), plain(x))
+    same(torch.compile(batched, backend="eager")(x), plain(x))
 
 
-@row("per-sample gradients, vmap of grad", "influence, noise scale, privacy", fused=NO_GRADIENT)
+@row("per-sample gradients, vmap of grad", "influence, noise scale, privacy")
 def per_sample(form):
-    layer, plain = build(form)
+    layer, plain = twins(form)
     x, own = randn(3, 8, 4, 5), {name: parameter.detach() for name, parameter in layer.named_parameters()}
 
     def loss(own, image):
@@ -286,13 +281,13 @@ def per_sample(form):
         same({name: gradient[i] for name, gradient in found.items()}, gradients(plain, x[i : i + 1]))
 
 
-@row("per-sample gradients by Opacus", "differential privacy", tool="opacus", fused=None)
+@row("per-sample gradients by Opacus", "differential privacy", tool="opacus")
 def opacus(form):
     from opacus import GradSampleModule
 
-    layer, plain = build(form)
+    layer, plain = twins(form)
     x = randn(3, 8, 4, 5)
-    wrapped = GradSampleModule(layer, loss_reduction="sum")
+    wrapped = GradSampleModule(layer.train(), loss_reduction="sum")
     wrapped(x).square().sum().backward()
     for i in range(3):
         for name, expected in gradients(plain, x[i : i + 1]).items():
@@ -303,7 +298,6 @@ def opacus(form):
     "Hessian-vector products, gradient penalties",
     "curvature, second-order training",
     compiled=NO_SECOND,
-    fused=NO_GRADIENT,
 )
 def hessian_vector(form):
     layer, plain = build(form)
@@ -317,9 +311,9 @@ def hessian_vector(form):
     same(found, (gradient(x + 1e-6 * v) - gradient(x - 1e-6 * v)) / 2e-6, rtol=1e-5, atol=1e-6)
 
 
-@row("torch.utils.checkpoint", "less memory", fused=None)
+@row("torch.utils.checkpoint", "less memory")
 def checkpoint(form):
-    layer, plain = build(form)
+    layer, plain = twins(form)
     x = randn(2, 8, 4, 5).requires_grad_()
     torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).square().sum().backward()
     same({name: parameter.grad for name, parameter in layer.named_parameters()}, gradients(plain, x))
@@ -329,16 +323,10 @@ def checkpoint(form):
 
 TABLE = "parts"
 
-BEFORE_FUSING = WorksIf("done before fusing")
 
-
-@row(
-    "torch.nn.utils.prune",
-    "sparse weights",
-    fused=WorksIf("prune.remove comes before fusing"),
-)
+@row("torch.nn.utils.prune", "sparse weights")
 def pruning(form):
-    layer, plain = build("scconv" if form == "fused" else form)
+    layer, plain = twins(form)
     for conv in convolutions(layer):
         prune.l1_unstructured(conv, "weight", 0.5)
     for pruned, conv in zip(convolutions(layer), convolutions(plain), strict=True):
@@ -347,12 +335,9 @@ def pruning(form):
         assert (pruned.weight == 0).sum() == pruned.weight.numel() // 2
     x = randn(2, 8, 5, 6)
     same(layer(x), plain(x))
-    if form == "fused":
-        with pytest.raises(ValueError, match=r"^model=Sequential: cannot be copied \(prune.remove makes pruning"):
-            fuse_for_inference(layer)
     for conv in convolutions(layer):
         prune.remove(conv, "weight")
-    same(fuse_for_inference(layer)(x) if form == "fused" else layer(x), plain(x))
+    same(layer(x), plain(x))
 
 
 IGNORED = WorksIf("SCConvs are in ignored_layers")
@@ -398,14 +383,11 @@ def torch_pruning(form):
             halve("head")(x)
 
 
-@row("weight_norm on its convolutions", "reparametrised training", fused=BEFORE_FUSING)
+@row("weight_norm on its convolutions", "reparametrised training")
 def weight_norm(form):
-    def change(layer):
-        for conv in convolutions(layer):
-            parametrizations.weight_norm(conv)
-
-    layer, _ = build(form, change)
-    _, plain = build(form)
+    layer, plain = twins(form)
+    for conv in convolutions(layer):
+        parametrizations.weight_norm(conv)
     x = randn(2, 8, 5, 6)
     same(layer(x), plain(x))
     for changed, conv in zip(convolutions(layer), convolutions(plain), strict=True):
@@ -413,19 +395,15 @@ def weight_norm(form):
             changed.parametrizations.weight.original0 *= 2
             conv.weight *= 2
     same(layer(x), plain(x))
-    if form != "fused":
-        layer(x).square().sum().backward()
-        assert all(conv.parametrizations.weight.original1.grad is not None for conv in convolutions(layer))
+    layer(x).square().sum().backward()
+    assert all(conv.parametrizations.weight.original1.grad is not None for conv in convolutions(layer))
 
 
-@row("spectral_norm on its convolutions", "Lipschitz bounds, GANs", fused=BEFORE_FUSING)
+@row("spectral_norm on its convolutions", "Lipschitz bounds, GANs")
 def spectral_norm(form):
-    def change(layer):
-        for conv in convolutions(layer):
-            parametrizations.spectral_norm(conv, n_power_iterations=50)
-
-    layer, _ = build(form, change)
-    _, plain = build(form)
+    layer, plain = twins(form)
+    for conv in convolutions(layer):
+        parametrizations.spectral_norm(conv, n_power_iterations=50)
     for conv in convolutions(plain):
         conv.weight = nn.Parameter(conv.weight / torch.linalg.matrix_norm(conv.weight.flatten(1), 2))
     x = randn(2, 8, 5, 6)
@@ -451,12 +429,12 @@ def pointwise_names(layer: nn.Module) -> list[str]:
     return [name for name, module in layer.named_modules() if isinstance(module, nn.Conv2d) and module.groups == 1]
 
 
-@row("LoRA: convolutions wrapped by another module", "cheap fine-tuning", fused=BEFORE_FUSING)
+@row("LoRA: convolutions wrapped by another module", "cheap fine-tuning")
 def lora(form):
     check_lora(form, lambda model, name, wrapper: model.set_submodule(name, wrapper))
 
 
-@row("replaced forward of a convolution", "patches, adapters", fused=BEFORE_FUSING)
+@row("replaced forward of a convolution", "patches, adapters")
 def replaced_forward(form):
     def replace(model, name, wrapper):
         conv, forward = wrapper.conv, wrapper.conv.forward
@@ -467,15 +445,13 @@ def replaced_forward(form):
 
 def check_lora(form, put) -> None:
     """As if the product of the two were merged into the convolutions' own weights, at the kernel's centre."""
-    model, plain = (nn.Sequential(layer) for layer in build("scconv" if form == "fused" else form))
+    model, plain = (nn.Sequential(layer) for layer in twins(form))
     for name in pointwise_names(plain):
         wrapper, conv = LowRank(model.get_submodule(name)), plain.get_submodule(name)
         put(model, name, wrapper)
         with torch.no_grad():
             centre = conv.weight[:, :, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2]
             centre += wrapper.up.weight.flatten(1) @ wrapper.down.weight.flatten(1)
-    if form == "fused":
-        model = fuse_with_warning(model)
     x = randn(2, 8, 5, 6)
     same(model(x), plain(x))
 
@@ -497,15 +473,14 @@ def forward_hooks(form):
     assert before == after == Counter(name for name, _ in layer.named_modules())
 
 
-@row("backward hooks on every part", "Grad-CAM, attribution, gradient statistics", fused=BEFORE_FUSING)
+@row("backward hooks on every part", "Grad-CAM, attribution, gradient statistics")
 def backward_hooks(form):
-    seen = []
-    layer, _ = build(form, lambda layer: seen.append(count_calls(layer, "register_full_backward_hook")))
-    _, plain = build(form)
+    layer, plain = build(form)
+    seen = count_calls(layer, "register_full_backward_hook")
     x = randn(2, 8, 5, 6).requires_grad_()
     (found,) = torch.autograd.grad(layer(x).square().sum(), x)
     same(found, torch.autograd.grad(plain(x).square().sum(), x)[0])
-    assert seen[0] == Counter(name for name, _ in plain.named_modules())
+    assert seen == Counter(name for name, _ in layer.named_modules())
 
 
 @row("global module hooks", "profilers, debuggers")
@@ -619,23 +594,19 @@ def one_process():
 
 @row("FSDP2, each leaf sharded", "training on many devices")
 def fsdp2(form):
-    layer, plain = build(form)
+    layer, plain = twins(form)
     x = randn(2, 8, 5, 6)
     with one_process() as mesh:
         for module in [module for module in layer.modules() if list(module.parameters(recurse=False))]:
             fully_shard(module, mesh=mesh)
-        y = layer(x)
-        if form == "fused":
-            same(y, plain(x))
-            return
-        y.square().sum().backward()
+        layer(x).square().sum().backward()
         found = {name: parameter.grad.full_tensor() for name, parameter in layer.named_parameters()}
     same(found, gradients(plain, x))
 
 
-@row("DistributedDataParallel under autocast in bfloat16", "training on many devices", fused=None)
+@row("DistributedDataParallel under autocast in bfloat16", "training on many devices")
 def ddp(form):
-    layer, plain = build(form)
+    layer, plain = twins(form)
     layer, plain, x = layer.float(), plain.float(), randn(2, 8, 5, 6).float()
     with torch.autocast("cpu", torch.bfloat16), one_process():
         layer = nn.parallel.DistributedDataParallel(layer)
