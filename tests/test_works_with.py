@@ -55,7 +55,7 @@ class Row(NamedTuple):
     name: str
     purpose: str
     run: object  # called with the form
-    outcomes: dict  # what is other than "works"; None: nobody would do that
+    outcomes: dict  # by form, where it is other than "works"
     tool: str | None  # a package that may be missing
     table: str  # of the page
 
@@ -676,7 +676,7 @@ def thop(form):
 # ---- the outcomes, and their record --------------------------------------------------------------------------------
 
 
-def outcome_of(row: Row, form: str) -> str | None:
+def outcome_of(row: Row, form: str) -> str:
     """Runs the row; a refusal must be the one that it declares, in one line."""
     expected = row.outcomes.get(form, "works")
     torch.compiler.reset()  # one row must not use up the graphs of the next
@@ -685,8 +685,6 @@ def outcome_of(row: Row, form: str) -> str | None:
             row.run(form)
         assert str(error.value) == expected.message
         return f"refused: {expected.what}"
-    if expected is None:
-        return None
     row.run(form)
     return f"works, if {expected.condition}" if isinstance(expected, WorksIf) else expected
 
