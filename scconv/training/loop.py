@@ -36,6 +36,7 @@ from scconv.training.recipes import build_optimizer, build_schedule, learning_ra
 from scconv.training.results import write_result
 from scconv.training.run import Run, prepare_run
 from scconv.training.stop import Stopped, Watch, answer_signals
+from scconv.workers import stop_signals_held_back
 
 
 def train(model: str, data: str | ImageData, *arguments, progress: bool = True, **options) -> dict:
@@ -129,12 +130,13 @@ class Training:
         """Train to the last epoch, or raise Stopped."""
         run, state, show = self.run, self.state, progress and self.accelerator.is_main_process
         steps = run.steps_per_epoch
-        bar = tqdm(
-            total=run.recipe.epochs * steps,
-            initial=state.epoch * steps + (state.now.step if state.now else 0),
-            desc=run.name,
-            disable=None if show else True,  # None: a bar in a terminal, none in a log
-        )
+        with stop_signals_held_back():  # where workers are spawned, its lock starts Python's resource tracker
+            bar = tqdm(
+                total=run.recipe.epochs * steps,
+                initial=state.epoch * steps + (state.now.step if state.now else 0),
+                desc=run.name,
+                disable=None if show else True,  # None: a bar in a terminal, none in a log
+            )
         with bar:
             while state.epoch < run.recipe.epochs:
                 self.train_epoch(bar)
