@@ -14,6 +14,7 @@ they compute what one does, but for the rounding of sums that are taken in anoth
 
 Exit status: 0 done, 2 misuse, or data that cannot be read, 3 the loss was no longer finite, 4 stopped on request and
 ready for `--resume`, 5 a file could not be written, or a process that decodes photographs was killed.
+Of several processes one says the line; the status is then the launcher's own, 1 for all but 0.
 """
 
 import argparse
