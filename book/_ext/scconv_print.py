@@ -1,0 +1,115 @@
+"""The book's printed forms, by Typst when the web pages are done: the report as a paper, the slides, the proposal.
+
+They are made from the doctrees that the build has just written, so their text, numbers, tables and figures are those of
+the web page, and nothing runs twice. book/_print/ has a template for each. What cannot be printed is an error that names
+page and line; with -W the build fails.
+"""
+
+from base64 import b64encode
+from html import escape
+from pathlib import Path
+
+import matplotlib
+import typst
+from doctree_typst import Page, Unprintable, quote
+from docutils import nodes
+from sphinx.util import logging
+from sphinx.util.nodes import get_node_line
+
+logger = logging.getLogger(__name__)
+
+TEMPLATES = "book/_print"
+# The same fonts on every machine: Matplotlib's.
+FONTS = {"font_paths": [Path(matplotlib.get_data_path(), "fonts", "ttf")], "ignore_system_fonts": True}
+
+
+class Slides(Page):
+    """Nothing floats, and a picture takes the room that a slide has."""
+
+    figures_float = False
+
+    def size(self, node):
+        return 'width: 100%, height: 10.5cm, fit: "contain"'
+
+
+def is_references(section: nodes.section) -> bool:
+    return section[0].astext() == "References"  # Typst makes its own
+
+
+def paper(page: Page) -> tuple[dict[str, str], str]:
+    """The abstract apart. What precedes it on the page follows it, less the first words, which are about the page."""
+    abstract, *sections = page.sections
+    first = [part for part in page.before if not isinstance(part, nodes.paragraph)]
+    first.sort(key=lambda part: not any(part.findall(nodes.figure)))  # a figure fills the column better than a table
+    body = page.all(first)
+    for section in sections:
+        if not is_references(section):
+            appendix = section[0].astext().startswith("Appendix")
+            body += "#set heading(numbering: none)\n" * appendix + page(section)
+    return {"abstract": page.all(abstract.children[1:])}, body
+
+
+def slides(page: Page) -> tuple[dict[str, str], str]:
+    """A slide a section. The first paragraph of the page is the subtitle."""
+    about = next(part for part in page.before if isinstance(part, nodes.paragraph))
+    sections = [section for section in page.sections if not is_references(section)]
+    body = (f"#slide({page.block(s[0])})[{page.all(s.children[1:])}]\n" for s in sections)
+    return {"about": page(about)}, "".join(body)
+
+
+def proposal(page: Page) -> tuple[dict[str, str], str]:
+    return {}, page.all(section for section in page.sections if not is_references(section))
+
+
+FORMS = {"report": (Page, paper), "slides": (Slides, slides), "proposal": (Page, proposal)}
+
+
+def write_source(page: Page, form, author: str, bibliography: str) -> str:
+    """The whole document: a template's name, its arguments, and the body."""
+    arguments, body = form(page)
+    arguments["title"] = page.inside(page.title)
+    head = "".join(f"{name}: [{text.strip()}], " for name, text in arguments.items())
+    head += f"authors: {quote(author)}, bib: {quote('/' + bibliography)}"
+    return f'#import "/{TEMPLATES}/{page.name}.typ": *\n#show: form.with({head})\n{body}'
+
+
+def write_deck(page: Page, pictures: list[bytes], shell: str) -> str:
+    """One web page with a picture a slide; its alternative text is all that the slide says."""
+    texts = [f"{page.title.astext()}. {page.before[0].astext()}", *(section.astext() for section in page.sections)]
+    parts = [
+        f'<section id="{n}"><img alt="{escape(text)}" src="data:image/svg+xml;base64,{b64encode(picture).decode()}"></section>'
+        for n, (picture, text) in enumerate(zip(pictures, texts, strict=True), 1)
+    ]
+    return shell.replace("TITLE", escape(page.title.astext())).replace("SLIDES", "\n".join(parts))
+
+
+def print_page(app, docname: str):
+    name = docname.rpartition("/")[2]
+    kind, form = FORMS[name]
+    root, out = Path(app.srcdir), Path(app.outdir)
+    page = kind(app.env.get_doctree(docname), docname, app.config.html_baseurl)
+    source = write_source(page, form, app.config.author, app.config.bibtex_bibfiles[0])
+    compiler = typst.Compiler(source.encode(), root=root, **FONTS)
+    (out / f"{name}.pdf").write_bytes(compiler.compile(format="pdf", pdf_standards=["ua-1"]))
+    if name == "slides":
+        shell = (root / TEMPLATES / "deck.html").read_text(encoding="utf-8")
+        (out / "slides.html").write_text(write_deck(page, compiler.compile(format="svg"), shell), encoding="utf-8")
+
+
+def print_pages(app, exception):
+    if exception or app.builder.name != "html":
+        return
+    for docname in (f"book/{name}" for name in FORMS):
+        if docname not in app.env.all_docs:
+            continue
+        try:
+            print_page(app, docname)
+        except Unprintable as error:
+            logger.error("print: %s", error, location=(docname, get_node_line(error.node)))
+        except typst.TypstError as error:
+            logger.error("print: %s", error, location=docname)
+
+
+def setup(app):
+    app.connect("build-finished", print_pages)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
