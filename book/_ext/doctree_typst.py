@@ -37,13 +37,14 @@ def child(node: nodes.Element, kind: type) -> nodes.Element | None:
 class Page:
     """`title`, `before` (what precedes the first section) and `sections` are nodes; the page itself turns them into text.
 
-    site is the published book's address, "" where it is unknown: links to other pages are plain text then.
+    `name` is also the prefix of the page's citations. `site` is the published book's address, "" where it is unknown:
+    links to other pages are plain text then.
     """
 
     figures_float = True
 
-    def __init__(self, doctree: nodes.document, docname: str, site: str = ""):
-        self.name, self.site, self.level = docname.rpartition("/")[2], site, 0
+    def __init__(self, doctree: nodes.document, name: str, site: str = ""):
+        self.name, self.site, self.level = name, site, 0
         self.ids = {name for node in doctree.findall(nodes.Element) for name in node["ids"]}
         top = child(doctree, nodes.section)
         self.title = top[0]
@@ -149,17 +150,18 @@ class Page:
         group = child(node, nodes.tgroup)
         head, body = child(group, nodes.thead), child(group, nodes.tbody)
         columns = list(zip(*head.children, *body.children, strict=True))
-        align = ("right" if any("text-right" in cell["classes"] for cell in column) else "left" for column in columns)
+        right = [any("text-right" in cell["classes"] for cell in column) for column in columns]
+        align = ", ".join(f"top + {'right' if number else 'left'}" for number in right)
         header = ", ".join(f"strong{self.block(cell)}" for row in head for cell in row) if head.astext().strip() else ""
         cells = ", ".join(self.block(cell) for row in body for cell in row)
-        content = f"table(columns: {len(columns)}, align: ({', '.join(align)}), "
+        content = f"table(columns: {len(columns)}, align: ({align}), "
         content += f"table.header({header}), {cells})" if header else f"{cells})"
         if caption := child(node, nodes.title):
             wide = "wide" in node["classes"] or (len(columns) > WIDE and "narrow" not in node["classes"])
             return self.figure(content + ", kind: table", node, caption, wide)
         return f"#block(breakable: {'true' if len(body) > LONG else 'false'}, {content})\n\n"
 
-    # ---- what MyST-NB and sphinx-design wrap around others -----------------------------------------------------------
+    # ---- what MyST-NB wraps around others -----------------------------------------------------------
 
     def write_container(self, node):
         if node.get("nb_element") == "cell_code_source":
@@ -167,8 +169,6 @@ class Page:
         if node.get("nb_element") == "mime_bundle":
             outputs = {part["mime_type"]: part for part in node.children}
             return self.inside(outputs[next(kind for kind in MIME_TYPES if kind in outputs)])
-        if node.get("design_component") == "grid-row":
-            return f"#columns-of({', '.join(map(self.block, node))})\n\n"
         return self.inside(node)
 
     # ---- references --------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ class Slides(Page):
     figures_float = False
 
     def size(self, node):
-        return 'width: 100%, height: 10.5cm, fit: "contain"'
+        return 'width: 100%, height: 11cm, fit: "contain"'
 
 
 def is_references(section: nodes.section) -> bool:
@@ -50,11 +50,15 @@ def paper(page: Page) -> tuple[dict[str, str], str]:
 
 
 def slides(page: Page) -> tuple[dict[str, str], str]:
-    """A slide a section. The first paragraph of the page is the subtitle."""
+    """A slide a section, text on the left and figure on the right. The first paragraph of the page is the subtitle."""
     about = next(part for part in page.before if isinstance(part, nodes.paragraph))
-    sections = [section for section in page.sections if not is_references(section)]
-    body = (f"#slide({page.block(s[0])})[{page.all(s.children[1:])}]\n" for s in sections)
-    return {"about": page(about)}, "".join(body)
+    body = ""
+    for section in page.sections:
+        figures = [part for part in section.children[1:] if any(part.findall(nodes.figure))]
+        text = [part for part in section.children[1:] if part not in figures]
+        if not is_references(section):
+            body += f"#slide({page.block(section[0])}, [{page.all(text)}], [{page.all(figures)}])\n"
+    return {"about": page(about)}, body
 
 
 def proposal(page: Page) -> tuple[dict[str, str], str]:
@@ -64,12 +68,12 @@ def proposal(page: Page) -> tuple[dict[str, str], str]:
 FORMS = {"report": (Page, paper), "slides": (Slides, slides), "proposal": (Page, proposal)}
 
 
-def write_source(page: Page, form, author: str, bibliography: str) -> str:
+def write_source(page: Page, form, config) -> str:
     """The whole document: a template's name, its arguments, and the body."""
     arguments, body = form(page)
-    arguments["title"] = page.inside(page.title)
+    arguments["title"] = f"#{quote(config.html_title)};" if form is paper else page.inside(page.title)
     head = "".join(f"{name}: [{text.strip()}], " for name, text in arguments.items())
-    head += f"authors: {quote(author)}, bib: {quote('/' + bibliography)}"
+    head += f"authors: {quote(config.author)}, bib: {quote('/' + config.bibtex_bibfiles[0])}"
     return f'#import "/{TEMPLATES}/{page.name}.typ": *\n#show: form.with({head})\n{body}'
 
 
@@ -87,13 +91,14 @@ def print_page(app, docname: str):
     name = docname.rpartition("/")[2]
     kind, form = FORMS[name]
     root, out = Path(app.srcdir), Path(app.outdir)
-    page = kind(app.env.get_doctree(docname), docname, app.config.html_baseurl)
-    source = write_source(page, form, app.config.author, app.config.bibtex_bibfiles[0])
-    compiler = typst.Compiler(source.encode(), root=root, **FONTS)
-    (out / f"{name}.pdf").write_bytes(compiler.compile(format="pdf", pdf_standards=["ua-1"]))
+    page = kind(app.env.get_doctree(docname), name, app.config.html_baseurl)
+    source = write_source(page, form, app.config)
+    pdf = typst.compile(source.encode(), root=root, format="pdf", pdf_standards=["ua-1"], **FONTS)
+    (out / f"{name}.pdf").write_bytes(pdf)
     if name == "slides":
+        pictures = typst.compile(source.encode(), root=root, format="svg", **FONTS)
         shell = (root / TEMPLATES / "deck.html").read_text(encoding="utf-8")
-        (out / "slides.html").write_text(write_deck(page, compiler.compile(format="svg"), shell), encoding="utf-8")
+        (out / "slides.html").write_text(write_deck(page, pictures, shell), encoding="utf-8")
 
 
 def print_pages(app, exception):

@@ -20,6 +20,7 @@ ATOMS = SYMBOLS | SPACES | FENCES | SAME
 ONE_ARGUMENT = {"hat": "hat", "tilde": "tilde", "overline": "overline", "sqrt": "sqrt", "mathbb": "bb", "mathbf": "bold"}
 TWO_ARGUMENTS = {"frac": "frac({}, {})", "tfrac": "inline(frac({}, {}))", "binom": "binom({}, {})"}
 WORDS = {"text": '"{}"', "mathrm": '"{}"', "operatorname": 'op("{}")'}
+SIZES = {"big": "120%", "Big": "180%"}
 DELIMITERS = {"bmatrix": "[", "pmatrix": "("}
 PLAIN = {"<": "lt", ">": "gt", "~": "space", **{mark: "\\" + mark for mark in '()[]|/,;:*"#$_'}}
 TOKEN = re.compile(
@@ -54,7 +55,7 @@ class Parser:
         if ends and not self.tokens:
             raise ValueError(f"no {ends[0]} before the formula's end")
         text = " ".join(filter(None, items))
-        return re.sub(r'" (?=\\[(])', '"', text)  # a name and its bracket, as in op("SRU")(x)
+        return re.sub(r'" (?=\\[(]|lr\()', '"', text)  # a name and its bracket, as in op("SRU")(x)
 
     def read_scripts(self, item: str) -> str:
         while self.peek() in ("_", "^", "'"):
@@ -89,6 +90,8 @@ class Parser:
             return f"{ONE_ARGUMENT[name]}({self.read_argument()})"
         if name in TWO_ARGUMENTS:
             return TWO_ARGUMENTS[name].format(self.read_argument(), self.read_argument())
+        if name in SIZES:
+            return f"lr(size: #{SIZES[name]}, {self.read_atom()})"
         if name == "underbrace":
             return self.read_underbrace()
         if name == "left":

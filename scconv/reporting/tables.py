@@ -188,15 +188,19 @@ def show_table(runs: list[dict], which: str = "overall") -> pd.DataFrame:
     return pd.DataFrame(shown)
 
 
-def in_markdown(table: pd.DataFrame) -> str:
-    """A table of text as Markdown: numbers to the right, and no line breaks inside them."""
+def in_markdown(table: pd.DataFrame, caption: str = "", name: str = "") -> str:
+    """A table of text as Markdown: numbers to the right, and no line breaks inside them.
+
+    With a caption it is MyST's `table`, which gets a number; a page refers to it by its `name`.
+    """
 
     def is_number(column: str) -> bool:
         return column == "n" or table[column].astype(str).str.match(r"[-+−]?[\d.,]+( ?%)?$|–$|not run yet$").all()
 
     rows = [table.columns, ["--:" if is_number(column) else "---" for column in table.columns], *table.values]
     text = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
-    return re.sub(r"(?<=\w)-(?=\d)", "\u2011", text.replace("not run yet", "not\u00a0run\u00a0yet"))
+    text = re.sub(r"(?<=\w)-(?=\d)", "\u2011", text.replace("not run yet", "not\u00a0run\u00a0yet"))
+    return f":::{{table}} {caption}\n:name: {name}\n\n{text}\n:::" if caption else text
 
 
 def learning_curves(runs: list[dict]) -> pd.DataFrame:
