@@ -35,10 +35,10 @@ def child(node: nodes.Element, kind: type) -> nodes.Element | None:
 
 
 class Page:
-    """`title`, `before` (what precedes the first section) and `sections` are nodes; the page itself turns them into text.
+    """`title`, `before` (what precedes the first section) and `sections` are nodes; the page turns them into text.
 
-    `name` is also the prefix of the page's citations. `site` is the published book's address, "" where it is unknown:
-    links to other pages are plain text then.
+    `sections` are without "References", which Typst makes from what is cited. `name` is also the prefix of the page's
+    citations. `site` is the published book's address, "" where it is unknown: links to other pages are plain text then.
     """
 
     figures_float = True
@@ -48,8 +48,9 @@ class Page:
         self.ids = {name for node in doctree.findall(nodes.Element) for name in node["ids"]}
         top = child(doctree, nodes.section)
         self.title = top[0]
-        self.sections = [part for part in top.children if isinstance(part, nodes.section)]
-        self.before = [part for part in top.children[1:] if not isinstance(part, nodes.section)]
+        sections = [part for part in top.children if isinstance(part, nodes.section)]
+        self.sections = [section for section in sections if section[0].astext() != "References"]
+        self.before = [part for part in top.children[1:] if part not in sections]
 
     def __call__(self, node: nodes.Node) -> str:
         kind = "text" if isinstance(node, nodes.Text) else node.tagname
@@ -159,7 +160,8 @@ class Page:
         if caption := child(node, nodes.title):
             wide = "wide" in node["classes"] or (len(columns) > WIDE and "narrow" not in node["classes"])
             return self.figure(content + ", kind: table", node, caption, wide)
-        return f"#block(breakable: {'true' if len(body) > LONG else 'false'}, {content})\n\n"
+        breakable = "true" if len(body) > LONG else "false"
+        return f"#block(above: 0.9em, below: 0.9em, breakable: {breakable}, {content})\n\n"
 
     # ---- what MyST-NB wraps around others -----------------------------------------------------------
 

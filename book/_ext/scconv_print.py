@@ -1,8 +1,8 @@
 """The book's printed forms, by Typst when the web pages are done: the report as a paper, the slides, the proposal.
 
-They are made from the doctrees that the build has just written, so their text, numbers, tables and figures are those of
-the web page, and nothing runs twice. book/_print/ has a template for each. What cannot be printed is an error that names
-page and line; with -W the build fails.
+They are made from the doctrees that the build has just written, so their text, numbers, tables and figures are the web
+page's, and nothing runs twice. book/_print/ has a template for each. What cannot be printed is an error that names page
+and line; with -W the build fails.
 """
 
 from base64 import b64encode
@@ -19,6 +19,7 @@ from sphinx.util.nodes import get_node_line
 logger = logging.getLogger(__name__)
 
 TEMPLATES = "book/_print"
+SVG = "data:image/svg+xml;base64,"
 # The same fonts on every machine: Matplotlib's.
 FONTS = {"font_paths": [Path(matplotlib.get_data_path(), "fonts", "ttf")], "ignore_system_fonts": True}
 
@@ -32,10 +33,6 @@ class Slides(Page):
         return 'width: 100%, height: 11cm, fit: "contain"'
 
 
-def is_references(section: nodes.section) -> bool:
-    return section[0].astext() == "References"  # Typst makes its own
-
-
 def paper(page: Page) -> tuple[dict[str, str], str]:
     """The abstract apart. What precedes it on the page follows it, less the first words, which are about the page."""
     abstract, *sections = page.sections
@@ -43,9 +40,8 @@ def paper(page: Page) -> tuple[dict[str, str], str]:
     first.sort(key=lambda part: not any(part.findall(nodes.figure)))  # a figure fills the column better than a table
     body = page.all(first)
     for section in sections:
-        if not is_references(section):
-            appendix = section[0].astext().startswith("Appendix")
-            body += "#set heading(numbering: none)\n" * appendix + page(section)
+        appendix = section[0].astext().startswith("Appendix")
+        body += "#set heading(numbering: none)\n" * appendix + page(section)
     return {"abstract": page.all(abstract.children[1:])}, body
 
 
@@ -53,16 +49,15 @@ def slides(page: Page) -> tuple[dict[str, str], str]:
     """A slide a section, text on the left and figure on the right. The first paragraph of the page is the subtitle."""
     about = next(part for part in page.before if isinstance(part, nodes.paragraph))
     body = ""
-    for section in page.sections:
-        figures = [part for part in section.children[1:] if any(part.findall(nodes.figure))]
-        text = [part for part in section.children[1:] if part not in figures]
-        if not is_references(section):
-            body += f"#slide({page.block(section[0])}, [{page.all(text)}], [{page.all(figures)}])\n"
+    for title, *parts in page.sections:
+        figures = [part for part in parts if any(part.findall(nodes.figure))]
+        text = [part for part in parts if part not in figures]
+        body += f"#slide({page.block(title)}, [{page.all(text)}], [{page.all(figures)}])\n"
     return {"about": page(about)}, body
 
 
 def proposal(page: Page) -> tuple[dict[str, str], str]:
-    return {}, page.all(section for section in page.sections if not is_references(section))
+    return {}, page.all(page.sections)
 
 
 FORMS = {"report": (Page, paper), "slides": (Slides, slides), "proposal": (Page, proposal)}
@@ -79,12 +74,13 @@ def write_source(page: Page, form, config) -> str:
 
 def write_deck(page: Page, pictures: list[bytes], shell: str) -> str:
     """One web page with a picture a slide; its alternative text is all that the slide says."""
-    texts = [f"{page.title.astext()}. {page.before[0].astext()}", *(section.astext() for section in page.sections)]
-    parts = [
-        f'<section id="{n}"><img alt="{escape(text)}" src="data:image/svg+xml;base64,{b64encode(picture).decode()}"></section>'
-        for n, (picture, text) in enumerate(zip(pictures, texts, strict=True), 1)
-    ]
-    return shell.replace("TITLE", escape(page.title.astext())).replace("SLIDES", "\n".join(parts))
+    about = f"{page.title.astext()}. {page.before[0].astext()}"
+    texts = [about, *(section.astext() for section in page.sections), "References"]
+    slides = "".join(
+        f'<section id="{n}"><img alt="{escape(text)}" src="{SVG}{b64encode(svg).decode()}"></section>\n'
+        for n, (svg, text) in enumerate(zip(pictures, texts, strict=True), 1)
+    )
+    return shell.replace("TITLE", escape(page.title.astext())).replace("SLIDES", slides)
 
 
 def print_page(app, docname: str):

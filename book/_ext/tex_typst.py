@@ -5,19 +5,17 @@ Symbols are written as Unicode characters, since Typst's names of them change be
 
 import re
 
-SYMBOLS = dict(
-    zip(
-        "alpha beta gamma delta varepsilon lambda mu pi rho sigma Sigma partial cdot times otimes odot oplus cup sum "
-        "in to le ge gg approx mid Rightarrow iff dots langle rangle { }".split(),
-        r"α β γ δ ε λ μ π ρ σ Σ ∂ ⋅ × ⊗ ⊙ ⊕ ∪ ∑ ∈ → ≤ ≥ ≫ ≈ ∣ ⇒ ⟺ … ⟨ ⟩ \{ \}".split(),
-        strict=True,
-    )
-)
+SYMBOLS = {
+    "alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "varepsilon": "ε", "lambda": "λ", "mu": "μ", "pi": "π",
+    "rho": "ρ", "sigma": "σ", "Sigma": "Σ", "partial": "∂", "cdot": "⋅", "times": "×", "otimes": "⊗", "odot": "⊙",
+    "oplus": "⊕", "cup": "∪", "sum": "∑", "in": "∈", "to": "→", "le": "≤", "ge": "≥", "gg": "≫", "approx": "≈",
+    "mid": "∣", "Rightarrow": "⇒", "iff": "⟺", "dots": "…", "langle": "⟨", "rangle": "⟩", "{": "\\{", "}": "\\}",
+}  # fmt: skip
 SPACES = {",": "thin", ";": "thick", " ": "med", "quad": "quad", "qquad": "wide", "!": "#h(-0.16em)"}
 FENCES = {"lVert": 'class("opening", ‖)', "rVert": 'class("closing", ‖)'}
 SAME = {name: name for name in ("ln", "log", "exp", "max", "min")}
 ATOMS = SYMBOLS | SPACES | FENCES | SAME
-ONE_ARGUMENT = {"hat": "hat", "tilde": "tilde", "overline": "overline", "sqrt": "sqrt", "mathbb": "bb", "mathbf": "bold"}
+ONE_ARGUMENT = {name: name for name in ("hat", "tilde", "overline", "sqrt")} | {"mathbb": "bb", "mathbf": "bold"}
 TWO_ARGUMENTS = {"frac": "frac({}, {})", "tfrac": "inline(frac({}, {}))", "binom": "binom({}, {})"}
 WORDS = {"text": '"{}"', "mathrm": '"{}"', "operatorname": 'op("{}")'}
 SIZES = {"big": "120%", "Big": "180%"}
