@@ -164,7 +164,7 @@ def test_slides_have_pages_for_the_browser_too(tmp_path):
     site = tmp_path / "_build" / "html"
     assert len(PdfDocument(site / "slides.pdf")) == 3
     deck = BeautifulSoup((site / "slides.html").read_text(encoding="utf-8"), "html.parser")
-    assert [img["alt"].split("\n")[0] for img in deck.find_all("img")] == ["Slides. About", "First", "References"]
+    assert [img["alt"].split("\n")[0] for img in deck.find_all("img")] == ["A book. About", "First", "References"]
 
 
 def test_too_full_a_slide_is_an_error_that_names_it(tmp_path):

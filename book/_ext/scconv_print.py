@@ -57,7 +57,8 @@ def slides(page: Page) -> tuple[dict[str, str], str]:
 
 
 def proposal(page: Page) -> tuple[dict[str, str], str]:
-    return {}, page.all(page.sections)
+    """The only form with a title of its own; the others have the book's."""
+    return {"title": page.inside(page.title)}, page.all(page.sections)
 
 
 FORMS = {"report": (Page, paper), "slides": (Slides, slides), "proposal": (Page, proposal)}
@@ -66,21 +67,20 @@ FORMS = {"report": (Page, paper), "slides": (Slides, slides), "proposal": (Page,
 def write_source(page: Page, form, config) -> str:
     """The whole document: a template's name, its arguments, and the body."""
     arguments, body = form(page)
-    arguments["title"] = f"#{quote(config.html_title)};" if form is paper else page.inside(page.title)
+    arguments.setdefault("title", f"#{quote(config.html_title)};")
     head = "".join(f"{name}: [{text.strip()}], " for name, text in arguments.items())
     head += f"authors: {quote(config.author)}, bib: {quote('/' + config.bibtex_bibfiles[0])}"
     return f'#import "/{TEMPLATES}/{page.name}.typ": *\n#show: form.with({head})\n{body}'
 
 
-def write_deck(page: Page, pictures: list[bytes], shell: str) -> str:
+def write_deck(page: Page, title: str, pictures: list[bytes], shell: str) -> str:
     """One web page with a picture a slide; its alternative text is all that the slide says."""
-    about = f"{page.title.astext()}. {page.before[0].astext()}"
-    texts = [about, *(section.astext() for section in page.sections), "References"]
+    texts = [f"{title}. {page.before[0].astext()}", *(section.astext() for section in page.sections), "References"]
     slides = "".join(
         f'<section id="{n}"><img alt="{escape(text)}" src="{SVG}{b64encode(svg).decode()}"></section>\n'
         for n, (svg, text) in enumerate(zip(pictures, texts, strict=True), 1)
     )
-    return shell.replace("TITLE", escape(page.title.astext())).replace("SLIDES", slides)
+    return shell.replace("TITLE", escape(title)).replace("SLIDES", slides)
 
 
 def print_page(app, docname: str):
@@ -94,7 +94,8 @@ def print_page(app, docname: str):
     if name == "slides":
         pictures = typst.compile(source.encode(), root=root, format="svg", **FONTS)
         shell = (root / TEMPLATES / "deck.html").read_text(encoding="utf-8")
-        (out / "slides.html").write_text(write_deck(page, pictures, shell), encoding="utf-8")
+        deck = write_deck(page, app.config.html_title, pictures, shell)
+        (out / "slides.html").write_text(deck, encoding="utf-8")
 
 
 def print_pages(app, exception):
