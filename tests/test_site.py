@@ -276,3 +276,17 @@ def test_chapters_have_the_numbers_of_their_files():
         title = re.search(r"<title>(\d+)\. ", path.read_text(encoding="utf-8"))
         assert title, f"{path.name} is not in a numbered part of _toc.yml"
         assert int(title[1]) == int(path.name[:2]), path.name
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_slides_are_turned_by_keyboard_and_fit_the_screen(browser, size):
+    page, _ = watched(browser, size)
+    page.goto((SITE / "slides.html").as_uri())
+    for key, shown in (("ArrowRight", "2"), ("Space", "3"), ("PageDown", "4"), ("ArrowLeft", "3")):
+        page.keyboard.press(key)
+        page.wait_for_url(f"**/slides.html#{shown}")
+        page.wait_for_function("id => Math.abs(document.getElementById(id).getBoundingClientRect().top) < 2", arg=shown)
+    box = page.locator("section img").nth(2).bounding_box()
+    assert 0.9 < box["width"] / box["height"] / (16 / 9) < 1.1
+    assert box["width"] <= SIZES[size]["width"]
+    page.close()

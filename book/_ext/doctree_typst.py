@@ -128,10 +128,15 @@ class Page:
     # ---- figures and tables ------------------------------------------------------------------------------------------
 
     def figure(self, content: str, node, caption, wide: bool) -> str:
-        """Only what spans the page floats: Typst 0.15 lets floats of a column and of the page lie upon each other."""
+        """What spans the page floats; in a column only what asks for it by the class "float".
+
+        Typst 0.15 can lay floats of a column and of the page upon each other, which tests/test_print.py looks for.
+        """
         arguments = [content] if caption is None else [content, f"caption: {self.block(caption)}"]
         if wide and self.figures_float:
             arguments += ["placement: if here().page() == 1 { bottom } else { top }", 'scope: "parent"']
+        elif "float" in node["classes"] and self.figures_float:
+            arguments += ["placement: auto"]
         return f"#context [#figure({', '.join(arguments)}){self.label(node)}]\n\n"
 
     def write_figure(self, node):
