@@ -51,7 +51,7 @@ function reconstruct({ channel, gamma, beta, threshold, gate }) {
   const partner = (channel + CHANNELS / 2) % CHANNELS;
   const [own, other] = [channel, partner].map((c) => separate(c, gammas, betas, threshold, gate));
   const maps = { x: own.x, x1: own.x1, x2: own.x2, other: other.x2, xw: own.x1.map((v, p) => v + other.x2[p]) }; // (4)
-  const most = own.x.reduce((most, v, p) => Math.max(most, v + other.x[p]), 0); // no setting gives more: weights are ≤ 1
+  const most = Math.max(...own.x, ...other.x); // the colour scale's end, the same at all settings of a channel
   return { partner, own, other, maps, most };
 }
 
@@ -104,13 +104,13 @@ function draw() {
     element(`${name}-title`).textContent = titles[name];
     element(`${name}-mean`).textContent = average;
   }
-  const texts = { threshold: threshold.toFixed(3), gamma: gamma.toFixed(3), beta: beta.toFixed(3) };
+  const texts = { threshold: threshold.toFixed(4), gamma: gamma.toFixed(3), beta: beta.toFixed(3) };
   for (const [name, text] of Object.entries(texts)) {
     element(name).setAttribute("aria-valuetext", text);
     element(`${name}-shown`).textContent = text;
   }
   element("middle").textContent = (most / 2).toFixed(2);
-  element("most").textContent = most.toFixed(2);
+  element("most").textContent = `${most.toFixed(2)} or more`; // a sum in Xʷ may exceed it
   const percent = (share) => `${(100 * share).toFixed(1)} %`;
   const [low, high] = [Math.min(...own.sigmoid), Math.max(...own.sigmoid)].map((value) => value.toFixed(4));
   element("status").textContent =
