@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from playwright.sync_api import sync_playwright
 from test_site import CHROMIUM, LOOK, QUIET, SITE, missing
 from test_site import pytestmark as in_browser
 from torch import nn
@@ -67,7 +68,7 @@ def test_the_command_captures_what_is_stored():
     again = capture_sru()
     assert again.keys() == CAPTURED.keys()
     assert {k: v for k, v in again.items() if k not in ("x", "photograph")}.items() <= CAPTURED.items()
-    torch.testing.assert_close(numbers(again["x"], "<f4", 1, C, H, W), X.numpy().astype("f4"), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(numbers(again["x"], "<f4", 1, C, H, W), X, rtol=1e-3, atol=1e-3)
     pictures = [numbers(stored["photograph"], "u1", H, W, 3).astype(int) for stored in (again, CAPTURED)]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1  # another scikit-image may round otherwise
 
@@ -95,6 +96,7 @@ def test_what_the_page_says_of_the_unit():
     sigmoid = torch.sigmoid(unit().gate_logits(X))
     assert (f"{sigmoid[0, 3].min():.4f}", f"{sigmoid[0, 3].max():.4f}") == ("0.4956", "0.5073")
     assert sigmoid.max() < 0.6
+    assert f"{CAPTURED['gamma'][3] ** 2 / sum(CAPTURED['gamma']):.3f}" == "0.014"
     assert [f"{share(gamma=g):.0%}" for g in (0.1, 0.5, 1)] == ["42%"] * 3
     rest = sum(CAPTURED["gamma"]) - CAPTURED["gamma"][3]
     assert [f"{g / (g + rest):.2f}" for g in (0.1, 1)] == ["0.03", "0.23"]
@@ -129,8 +131,7 @@ def test_what_the_page_says_of_the_costs():
 @pytest.fixture(scope="module")
 def browser():
     assert not missing(), missing()
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as p:
+    with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         yield browser
         browser.close()
@@ -139,9 +140,6 @@ def browser():
 @pytest.fixture(scope="module", params=SIZES)
 def page(browser, request):
     page = browser.new_page(viewport=SIZES[request.param], reduced_motion="reduce")
-    page.complaints = []
-    page.on("pageerror", lambda error: page.complaints.append(str(error)))
-    page.on("console", lambda m: page.complaints.append(m.text) if m.type in ("error", "warning") else None)
     page.goto((SITE / "book" / "live.html").as_uri())
     yield page
     page.close()
@@ -282,7 +280,8 @@ def expected_costs(options: dict) -> dict | str:
     eq11, conv_macs = scconv_params(c1, c2, k, alpha, r, g), count_macs(conv, shape)
     outputs = conv_macs // conv_params(c1, c2, k)
     parts = {"gn": found["sru.gn"], "layer": found[""], "eq10": (conv_params(c1, c2, k), conv_macs)}
-    parts |= {name: found.get(f"cru.{name}", (0, 0)) for name in ("squeeze_up", "gwc", "pwc_up", "squeeze_low", "pwc_low")}
+    names = ("squeeze_up", "gwc", "pwc_up", "squeeze_low", "pwc_low")
+    parts |= {name: found.get(f"cru.{name}", (0, 0)) for name in names}
     parts["eq11"] = (eq11, outputs * eq11 + (options["side"] ** 2 - outputs) * (alpha * c1) ** 2 / r)  # chapter 4
     return parts
 
@@ -363,14 +362,23 @@ def test_the_calculator_by_keyboard(page):
 
 
 @browser_test
-def test_nothing_is_wider_than_the_page_and_nothing_complains(page):
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_nothing_is_wider_than_the_page_and_nothing_complains(browser, size, scheme):
+    page, complaints = browser.new_page(viewport=SIZES[size], color_scheme=scheme), []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
+    page.goto((SITE / "book" / "live.html").as_uri())
+    for name, end in (("threshold", "End"), ("gamma", "Home"), ("beta", "End")):
+        page.locator(f"#sru-{name}").press(end)
     found = page.evaluate(LOOK)
-    assert found["width"] <= page.viewport_size["width"]
+    assert found["width"] <= SIZES[size]["width"]
     assert not found["wide"]
     assert not found["untitled"]
-    assert not page.complaints
+    assert not complaints
     unnamed = "all => all.filter(e => !e.labels.length && !e.textContent.trim()).map(e => e.id)"
     assert not page.locator(":is(#sru-figure, #cost-figure) :is(input, select, button)").evaluate_all(unnamed)
+    page.close()
 
 
 @browser_test
