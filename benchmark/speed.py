@@ -14,6 +14,8 @@ written also has the quartiles.
     scconv+layers  after compile_scconv: SCConv compiled, the rest of the network operator by operator
     floor          the network without the 3×3s that keep the width: nothing in their place, or an average pool
 
+    dense         a trial: SCConv with GWC and PWC1 as one dense convolution (dense.py); only where it is asked for
+
 "+compile" is the same under torch.compile. "scconv+compile" of a layer is compile_scconv; of a network it is
 compile_scconv and torch.compile around all of it, which takes the layers into its graph. "+folded" has batch norms
 folded into the layers before them, by fuse_for_inference. The file says which form is what, in "forms".
@@ -36,6 +38,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from counts import Traffic, saved_bytes
+from dense import make_dense
 from popular import PopularSCConv, make_popular
 from torch import Tensor, nn
 
@@ -66,6 +69,7 @@ FORMS = {
     },
 }  # fmt: skip
 FORMS["memory"] = FORMS["layer"]
+TRIALS = {"dense+compile": "SCConv, GWC and PWC1 as one dense convolution, torch.compile"}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # With glibc's defaults freed memory goes back to the system, and page faults on the next use drown what is measured.
 ALLOCATOR = {
@@ -80,7 +84,8 @@ def build_layer(form: str, channels: int, arguments: argparse.Namespace) -> nn.M
     kind = form.split("+")[0]
     if kind == BASE:
         return nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-    return PopularSCConv(channels, channels) if kind == "popular" else SCConv(channels, channels)
+    layer = PopularSCConv(channels, channels) if kind == "popular" else SCConv(channels, channels)
+    return make_dense(layer, arguments.dense_up_to) if kind == "dense" else layer
 
 
 def build_network(form: str, channels: int, arguments: argparse.Namespace) -> nn.Module:
@@ -88,8 +93,9 @@ def build_network(form: str, channels: int, arguments: argparse.Namespace) -> nn
     common = {"num_classes": 100, "small_images": True}
     if kind == "popular":
         return make_popular(build_model(arguments.network, **common, fusion="global", bias=True))
-    if kind in ("plain", "scconv"):
-        return build_model(arguments.network, **common)
+    if kind in ("plain", "scconv", "dense"):
+        model = build_model(arguments.network, **common)
+        return make_dense(model, arguments.dense_up_to) if kind == "dense" else model
     model = build_model(arguments.network.removeprefix("scconv_"), **common)
     if kind == "floor":
         for block in model.modules():
@@ -109,8 +115,10 @@ def prepare(build: Callable, form: str, channels: int, memory_format: str, argum
     if form in ("scconv+layers", "scconv+compile"):
         left = compile_scconv(module).left
         assert not left, left
-    if form.endswith("+compile") and not isinstance(module, CompiledSCConv):
-        ours = form.startswith(("plain", "scconv"))  # a graph break in ours is an error, not a slow result
+    # A mode is torch.compile's: it takes a layer of compile_scconv into its graph.
+    compiled = isinstance(module, CompiledSCConv) and arguments.compile_mode == "default"
+    if form.endswith("+compile") and not compiled:
+        ours = form.startswith(("plain", "scconv", "dense"))  # a graph break in ours is an error, not a slow result
         call = torch.compile(module, dynamic=False, fullgraph=ours, mode=arguments.compile_mode)
     lower = arguments.what == "network" and arguments.dtype != "float32"
 
@@ -225,9 +233,21 @@ def time_all(shapes: list[tuple[int, ...]], build: Callable, make_call: Callable
                     if not ("+folded" in form and direction == "training")
                 }
                 for row in take_turns(calls, arguments):
-                    say(f"    {row['form']}: {row['seconds'] * 1000:.2f} ms, {row['ratio']:.3f}")
                     row["images_per_second"] = shape[0] / row["seconds"]
+                    if arguments.device == "cuda":
+                        row["peak_mib"] = peak_mib(calls[row["form"]])
+                    say(f"    {row['form']}: {row['seconds'] * 1000:.2f} ms, {row['ratio']:.3f}")
                     yield {"shape": list(shape), "memory_format": memory_format, "direction": direction, **row}
+
+
+def peak_mib(call: Callable[[], object]) -> float:
+    """What a call allocates at most on the GPU, besides what was there: weights and input of all forms."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -259,9 +279,10 @@ def count(shape: tuple[int, ...], arguments: argparse.Namespace):
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=FORMS)
-    parser.add_argument("--forms", nargs="+", help=f"by default all: {', '.join(FORMS['network'])}")
+    listed, trials = ", ".join(FORMS["network"]), ", ".join(TRIALS)
+    parser.add_argument("--forms", nargs="+", help=f"by default all: {listed}; as a trial {trials}")
     parser.add_argument("--shapes", nargs="+", default=None, metavar="C,H,N", help="of the layer; H is also the width")
-    parser.add_argument("--batch", type=int, help="N of every shape, and of the network (16)")
+    parser.add_argument("--batch", type=int, help="N of every shape, and of the network (16; on a GPU 128)")
     parser.add_argument("--network", default="scconv_resnet50", help="a network with SCConv for the name of another")
     parser.add_argument("--memory-formats", nargs="+", choices=FORMATS, help="the network: channels_last; else both")
     parser.add_argument("--directions", nargs="+", choices=("inference", "training"), default=["inference", "training"])
@@ -269,15 +290,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, help="of the layer 30, of the network 15")
-    parser.add_argument("--compile-mode", default="default", help="of torch.compile")
+    parser.add_argument("--compile-mode", default="default", help="of torch.compile, such as reduce-overhead")
+    parser.add_argument("--dense-up-to", type=int, metavar="C", help="of the trial: where X_up has at most C channels")
     parser.add_argument("--quick", action="store_true", help="three rounds of little; to see that all works")
     parser.add_argument("--out", type=Path, default=RESULTS / "benchmark", help="a folder, or a file's name in .json")
     arguments = parser.parse_args(argv)
     what, quick = arguments.what, arguments.quick
-    known = list(FORMS[what])
-    arguments.forms = arguments.forms or [form for form in known if not (quick and form.endswith(COMPILED))]
+    known = [*FORMS[what], *TRIALS]
+    arguments.forms = arguments.forms or [form for form in FORMS[what] if not (quick and form.endswith(COMPILED))]
     if BASE not in arguments.forms or not set(arguments.forms) <= set(known):
         parser.error(f"--forms {' '.join(arguments.forms)}: must be {BASE} and some of {', '.join(known[1:])}")
+    if arguments.compile_mode != "default" and "scconv+layers" in arguments.forms:
+        parser.error(f"--compile-mode {arguments.compile_mode}: compile_scconv has no mode, leave out scconv+layers")
     formats = ["channels_last"] if what == "network" else ["contiguous"] if what == "memory" else list(FORMATS)
     arguments.memory_formats = arguments.memory_formats or formats
     arguments.rounds = arguments.rounds or (3 if quick else 15 if what == "network" else 30)
@@ -289,7 +313,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def shapes_of(arguments: argparse.Namespace) -> list[tuple[int, int, int, int]]:
     """(N, C, H, W) of the inputs."""
     if arguments.what == "network":
-        return [(arguments.batch or (2 if arguments.quick else 16), 3, 32, 32)]
+        return [(arguments.batch or (2 if arguments.quick else 128 if arguments.device == "cuda" else 16), 3, 32, 32)]
     if arguments.what == "memory" and not arguments.shapes:  # activations of the same size
         side = 8 if arguments.quick else 32
         return [((arguments.batch or 32) * 64 // c, c, side, side) for c in (64, 128, 256, 512)]
@@ -325,6 +349,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.compiler.config.recompile_limit = 64  # all forms share the text of one forward
     torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32, which convolutions on a GPU use anyway; nothing on a processor
     start, shapes = time.monotonic(), shapes_of(arguments)
     if arguments.what == "memory":
         rows = [row for shape in shapes for row in count(shape, arguments)]
@@ -332,13 +357,29 @@ def main() -> None:
         rows = list(time_all(shapes, build_layer, layer_call, arguments))
     else:
         rows = list(time_all(shapes, build_network, network_call, arguments))
+    forms = {form: (FORMS[arguments.what] | TRIALS)[form] for form in arguments.forms}
+    training = "forward and backward" + ", cross-entropy included, no optimiser" * (arguments.what == "network")
+    path = arguments.out if arguments.out.suffix == ".json" else arguments.out / f"{file_name(arguments)}.json"
+    write(path, {"what": arguments.what, "forms": forms, "rows": rows, "training": training}, arguments, start)
+    print(summarise(rows))
+    say(f"written to {path}")
+
+
+def file_name(arguments: argparse.Namespace) -> str:
+    """Of what is measured, where, and what is unlike the default, so that a trial does not replace the measurement."""
+    unlike = [arguments.network.removeprefix("scconv_")] if arguments.network != "scconv_resnet50" else []
+    unlike += [f"{arguments.threads}threads"] if arguments.threads > 1 else []
+    unlike += [f"batch{arguments.batch}"] if arguments.batch else []
+    unlike += [arguments.compile_mode] if arguments.compile_mode != "default" else []
+    unlike += ["dense"] if set(TRIALS) & set(arguments.forms) else []
+    return "-".join([arguments.what, arguments.device, arguments.dtype, *unlike])
+
+
+def write(path: Path, content: dict, arguments: argparse.Namespace, start: float) -> None:
+    """A result file: `content`, then how, where, with what and when it was measured."""
     settings = {key: value for key, value in vars(arguments).items() if key not in ("what", "out")}
-    content = {
-        "what": arguments.what,
-        "forms": {form: FORMS[arguments.what][form] for form in arguments.forms},
-        "rows": rows,
+    content |= {
         "settings": settings,
-        "training": "forward and backward" + ", cross-entropy included, no optimiser" * (arguments.what == "network"),
         "machine": {"processor": device_name(torch.device("cpu")), "cores": os.cpu_count(),
                     "device": device_name(torch.device(arguments.device)), "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -347,16 +388,10 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": time.monotonic() - start,
     }  # fmt: skip
-    path = arguments.out
-    if path.suffix != ".json":
-        threads = f"-{arguments.threads}threads" if arguments.threads > 1 else ""
-        path = path / f"{arguments.what}-{arguments.device}-{arguments.dtype}{threads}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         content["sha256"] = checksum(content)
         file.write((json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-    print(summarise(rows))
-    say(f"written to {path}")
 
 
 if __name__ == "__main__":

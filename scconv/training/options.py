@@ -52,7 +52,9 @@ class Options:
     download: bool = option("fetch a set that is not there", default=False)
     workers: int | None = option("processes that decode photographs", metavar="N", default=None)
     time_budget: float | None = option("stop before, to be resumed", metavar="SECONDS", default=None)
-    checkpoint_minutes: float = option("a checkpoint this often, besides each epoch's", metavar="MINUTES", default=10.0)
+    checkpoint_minutes: float = option(
+        "a checkpoint this often; without a GPU also after each epoch", metavar="MINUTES", default=10.0
+    )
     overwrite: bool = option("replace a result of the same name", default=False)
     resume: bool = option("go on from the checkpoint, if there is one", default=False)
 

@@ -1,5 +1,6 @@
 """Where a run took place: memory, processor, and which commit of this project."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -33,15 +34,20 @@ def device_name(device: torch.device) -> str:
 
 
 def find_commit() -> str | None:
-    """The commit of the checkout that this file is in, with -dirty for local changes; None where there is none."""
-    return ask_git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    """The commit of the checkout that this file is in, with -dirty for local changes; None where there is none.
+
+    A copy without .git, such as on a lent machine, is told its commit by the environment variable SCCONV_COMMIT, and
+    its tree by SCCONV_TREE. Where git knows better, it is asked.
+    """
+    commit = ask_git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return commit or os.environ.get("SCCONV_COMMIT") or None
 
 
 def find_tree() -> str | None:
     """Git's id of the package's folder, with -dirty for local changes in it: the same code has it in every commit."""
     tree = ask_git("rev-parse", f"HEAD:./{PACKAGE.name}", folder=PACKAGE.parent)
     changes = ask_git("status", "--porcelain", "--", PACKAGE.name, folder=PACKAGE.parent)
-    return f"{tree}-dirty" if tree and changes else tree
+    return f"{tree}-dirty" if tree and changes else tree or os.environ.get("SCCONV_TREE") or None
 
 
 def ask_git(*words: str, folder: Path = PACKAGE) -> str | None:

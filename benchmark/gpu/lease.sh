@@ -1,0 +1,100 @@
+#!/bin/bash
+# One call on a GPU machine, from the root of a copy of the tree there; README.md beside this says which calls, and when.
+#
+#   SCCONV_COMMIT=… SCCONV_TREE=… OUT=FOLDER bash benchmark/gpu/lease.sh PART SECONDS
+#
+#   check     right or wrong; one network timed; keeps the first half of the images
+#   train     the second half; four networks on CIFAR-100
+#   trials    what could make SCConv faster
+#   kernels   the Triton kernels of commit 8ba412e, unpacked in data/gpu/old
+#   weights   nothing but the next pieces of weights that are left
+#
+# Everything ends before SECONDS, then results-PART.tgz is in OUT: unpacked in the root of a checkout it fills results/.
+set -u
+part=$1 limit=$2
+here=benchmark/gpu
+python=${PYTHON:-python3} device=${DEVICE:-cuda} quick=${QUICK:-}  # DEVICE=cpu QUICK=--quick: a rehearsal
+shm=/dev/shm; [ -w $shm ] || shm=/tmp
+state=${STATE:-$shm/scconv-gpu}  # outlives a call, as long as the machine is the same
+back=$state/back-$part
+OUT=$(mkdir -p "${OUT:?a folder for what goes back}" && cd "$OUT" && pwd)
+mkdir -p "$back/results/runs" "$back/results/benchmark" "$back/logs" "$state/weights"
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 SCCONV_DATA=$state/data SCCONV_COMMIT=${SCCONV_COMMIT:-} SCCONV_TREE=${SCCONV_TREE:-}
+export TORCHINDUCTOR_CACHE_DIR=$state/inductor TRITON_CACHE_DIR=$state/triton OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+
+# A result must say which code made it, and no .git comes along.
+for id in "$SCCONV_COMMIT" "$SCCONV_TREE"; do
+  [[ $id =~ ^[0-9a-f]{40}$ ]] || { echo "lease.sh: '$id': SCCONV_COMMIT and SCCONV_TREE must be 40 hexadecimal digits each"; exit 2; }
+done
+
+left() { echo $((limit - SECONDS - ${1:-8})); }
+job() {  # NAME, MOST SECONDS, COMMAND
+  local name=$1 seconds=$2; shift 2
+  [ "$(left)" -lt "$seconds" ] && seconds=$(left)
+  [ "$seconds" -lt 5 ] && { echo "[$SECONDS s] $name: no time left, not run"; return; }
+  timeout -k 5 "$seconds" "$@" > "$back/logs/$name.log" 2>&1
+  echo "[$SECONDS s] $name ended with $?"
+}
+speed() {
+  local name=$1 most=$2; shift 2
+  job "$name" "$most" $python benchmark/speed.py "$@" --device "$device" --dtype bfloat16 $quick ${quick:+--network scconv_resnet20}
+}
+pack() { tar -czf "$OUT/.tmp.tgz" -C "$back" . && mv "$OUT/.tmp.tgz" "$OUT/results-$part.tgz"; }
+send_weights() {  # in pieces of less than 16 MiB, four a call: 62 of 64 MiB
+  for file in "$state"/weights/*.half.safetensors; do
+    [ -e "$file" ] && split -b 15900K -d -a 1 "$file" "$state/weights/$(basename "$file").part-" && rm "$file"
+  done
+  for piece in $(ls "$state/weights" | grep '\.part-' | head -4); do mv "$state/weights/$piece" "$OUT/"; done
+  echo "pieces of weights sent: $(ls "$OUT" | grep -c '\.part-'), left: $(ls "$state/weights" | grep -c '\.part-')"
+}
+trap pack EXIT
+{ nvidia-smi -L; nproc; grep -m1 'model name' /proc/cpuinfo; } > "$back/logs/machine.log" 2>&1
+benchmarks=$back/results/benchmark
+
+case $part in
+check)
+  job unpack 100 $python $here/cifar_halves.py unpack data/gpu/a/half.npz "$state/a.npz" &
+  job check-plain 120 $python $here/check.py plain --device "$device" --out "$benchmarks" $quick &
+  job check-compiled 150 $python $here/check.py compiled --device "$device" --out "$benchmarks" ${BACKEND:+--backend $BACKEND} $quick &
+  for precision in ${PRECISIONS-bf16 fp16}; do
+    job "digits-$precision" 90 $python -m scconv.train --model scconv_resnet20 --data digits --recipe quick --precision "$precision" \
+      --channels-last --overwrite --out "$state/digits" &
+  done
+  if [ -z "$quick" ]; then
+    job tests 150 $python -m pytest -q -o addopts= -p no:cacheprovider -k "gpu or any_device" tests/test_compiled.py tests/test_redundancy.py &
+    # Compile side by side, into the cache that the measurement then reads. These times are thrown away.
+    for form in 3x3+compile scconv+compile scconv+layers; do for way in inference training; do
+      speed "warm-$form-$way" $((limit - 75)) network --forms 3x3 "$form" --directions $way --rounds 2 --out "$state/warm/$form-$way.json" &
+    done; done
+  fi
+  wait
+  speed network-eager 60 network --forms 3x3 floor popular plain --out "$benchmarks"
+  pack
+  [ -n "$quick" ] || speed network 150 network --forms 3x3 floor popular plain scconv+layers 3x3+compile scconv+compile --out "$benchmarks"
+  grep -hE "WRONG|beyond the limit| passed| failed" "$back"/logs/*.log
+  ;;
+train)
+  if [ ! -e "$state/data/cifar100/test.npz" ]; then
+    [ -e "$state/a.npz" ] || { echo "lease.sh: the first half of the images is not on this machine, call: lease.sh check 60"; exit 3; }
+    $python $here/cifar_halves.py unpack data/gpu/b/half.npz "$state/b.npz" && $python $here/cifar_halves.py join "$state/data" "$state/a.npz" "$state/b.npz" || exit 4
+  fi
+  job four "$limit" $python $here/train_four.py "$(left 15)" --out "$back/results/runs" --weights "$state/weights" ${ARGUMENTS:-}
+  grep -v "^epoch" "$back/logs/four.log" | tail -n 30
+  send_weights
+  ;;
+trials)
+  pair="3x3 3x3+compile scconv+compile"
+  speed graphs 150 network --forms $pair --compile-mode reduce-overhead --out "$benchmarks"
+  speed dense 150 network --forms $pair dense+compile --out "$benchmarks"
+  speed batch-512 150 network --forms $pair plain --batch 512 --out "$benchmarks"
+  speed layer 150 layer --forms 3x3 popular plain scconv+compile --memory-formats channels_last --out "$benchmarks"
+  ;;
+kernels)  # ratios to the 3×3 of the same run, to hold against those of network-cuda-bfloat16.json
+  old=$PWD/data/gpu/old
+  cd "$old" && PYTHONPATH=$old job kernels "$limit" $python benchmark/speed.py network --device "$device" --dtype bfloat16 --batch 128 \
+    --forms 3x3 plain stock scconv $quick --out "$back/kernels-8ba412e.json"
+  ;;
+weights) send_weights ;;
+*) echo "lease.sh: $part: must be check, train, trials, kernels or weights"; exit 2 ;;
+esac
+tail -n 3 "$back"/logs/*.log | cut -c1-200 | tail -n 60
