@@ -143,11 +143,10 @@ def test_two_halves_are_the_whole(images, tmp_path):
         assert before[1] == after[1]
 
 
-@pytest.mark.parametrize("form", ["plain", "compiled"])
-def test_check_tells_right_from_wrong(form, tmp_path, monkeypatch):
-    arguments = [form, "--device", "cpu", "--backend", "aot_eager", "--quick", "--out", str(tmp_path)]
+def test_check_tells_right_from_wrong(tmp_path, monkeypatch):
+    arguments = ["plain", "--device", "cpu", "--quick", "--out", str(tmp_path)]
     assert check.main(arguments) == 0
-    content = json.loads((tmp_path / f"check-cpu-{form}.json").read_text("utf-8"))
+    content = json.loads((tmp_path / "check-cpu-plain.json").read_text("utf-8"))
     assert content["sha256"] == checksum(content)
     assert {row["precision"] for row in content["rows"]} >= {"bfloat16", "float32"}
     assert 0 < max(max(row["errors"].values()) for row in content["rows"] if row["precision"] == "float32") < 1e-3

@@ -30,6 +30,7 @@ done
 left() { echo $((limit - SECONDS - ${1:-8})); }
 job() {  # NAME, MOST SECONDS, COMMAND
   local name=$1 seconds=$2; shift 2
+  [ -n "$quick" ] && seconds=$limit
   [ "$(left)" -lt "$seconds" ] && seconds=$(left)
   [ "$seconds" -lt 5 ] && { echo "[$SECONDS s] $name: no time left, not run"; return; }
   timeout -k 5 "$seconds" "$@" > "$back/logs/$name.log" 2>&1
