@@ -29,8 +29,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -166,6 +166,21 @@ def take_turns(calls: dict[str, Callable[[], object]], arguments: argparse.Names
         for _ in range(2 if arguments.quick else 3):
             call()
         say(f"    warmed up {form}: {time.perf_counter() - start:.1f} s")
+    with alone(arguments.turns):
+        seconds, repeats = measure(calls, arguments)
+    rows = []
+    for form, times in seconds.items():
+        ratios = [own / base for own, base in zip(times, seconds[BASE], strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
+        rows.append({
+            "form": form, "seconds": statistics.median(times), "ratio": quartiles[1],
+            "ratio_quartiles": [quartiles[0], quartiles[2]], "rounds": len(times), "repeats": repeats,
+        })  # fmt: skip
+    return rows
+
+
+def measure(calls: dict[str, Callable[[], object]], arguments: argparse.Namespace) -> tuple[dict[str, list], int]:
+    """Each form's seconds a call, one number a round, and the calls of a turn."""
     # A turn takes at least 10 ms, so that the clock's and the events' own cost does not count.
     repeats = 1 if arguments.quick else max(1, round(0.01 / seconds_of(calls[BASE], 3, arguments.device)))
     seconds, forms = {form: [] for form in calls}, list(calls)
@@ -177,15 +192,24 @@ def take_turns(calls: dict[str, Callable[[], object]], arguments: argparse.Names
             calls[form]()  # not timed: it finds the caches as another form left them
             seconds[form].append(seconds_of(calls[form], repeats, arguments.device))
     gc.enable()
-    rows = []
-    for form, times in seconds.items():
-        ratios = [own / base for own, base in zip(times, seconds[BASE], strict=True)]
-        quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
-        rows.append({
-            "form": form, "seconds": statistics.median(times), "ratio": quartiles[1],
-            "ratio_quartiles": [quartiles[0], quartiles[2]], "rounds": len(times), "repeats": repeats,
-        })  # fmt: skip
-    return rows
+    return seconds, repeats
+
+
+@contextmanager
+def alone(folder: Path | None) -> Iterator[None]:
+    """Where several processes compile side by side: tell that this one is ready, wait for the file `go`, and measure
+    while no other does."""
+    if folder is None:
+        yield
+        return
+    import fcntl  # not on Windows
+
+    (folder / f"{os.getpid()}.ready").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.2)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def layer_call(call: Callable, module: nn.Module, x: Tensor, backward: bool) -> Callable[[], object]:
@@ -293,6 +317,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile-mode", default="default", help="of torch.compile, such as reduce-overhead")
     parser.add_argument("--dense-up-to", type=int, metavar="C", help="of the trial: where X_up has at most C channels")
     parser.add_argument("--quick", action="store_true", help="three rounds of little; to see that all works")
+    parser.add_argument("--turns", type=Path, metavar="FOLDER", help="of several processes one measures at a time")
     parser.add_argument("--out", type=Path, default=RESULTS / "benchmark", help="a folder, or a file's name in .json")
     arguments = parser.parse_args(argv)
     what, quick = arguments.what, arguments.quick
@@ -377,7 +402,7 @@ def file_name(arguments: argparse.Namespace) -> str:
 
 def write(path: Path, content: dict, arguments: argparse.Namespace, start: float) -> None:
     """A result file: `content`, then how, where, with what and when it was measured."""
-    settings = {key: value for key, value in vars(arguments).items() if key not in ("what", "out")}
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("what", "out", "turns")}
     content |= {
         "settings": settings,
         "machine": {"processor": device_name(torch.device("cpu")), "cores": os.cpu_count(),

@@ -33,6 +33,7 @@ sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "benchmark" / "gpu")]
 
 import check  # noqa: E402
 import cifar_halves  # noqa: E402
+import merge  # noqa: E402
 import train_four  # noqa: E402
 from dense import make_dense  # noqa: E402
 from speed import file_name, parse  # noqa: E402
@@ -154,6 +155,22 @@ def test_check_tells_right_from_wrong(tmp_path, monkeypatch):
     assert check.main(arguments) == 1
 
 
+def test_merging_keeps_each_forms_rows_and_one_base():
+    def part(form, ratio, **other):
+        same = {"direction": "training", "shape": [2, 3, 4, 4], "memory_format": "channels_last"}
+        rows = [{"form": "3x3", **same, "ratio": 1.0}, {"form": form, **same, "ratio": ratio}]
+        settings = {"forms": ["3x3", form], "directions": ["training"], "shapes": None, "batch": None, **other}
+        return {"what": "network", "rows": rows, "settings": settings, "machine": {}, "versions": {}, "commit": COMMIT,
+                "forms": {"3x3": "3×3s", form: form}, "seconds": 2.0}  # fmt: skip
+
+    whole = merge.merge([part("plain", 1.5), part("popular", 2.5)])
+    assert [(row["form"], row["ratio"]) for row in whole["rows"]] == [("3x3", 1.0), ("plain", 1.5), ("popular", 2.5)]
+    assert whole["sha256"] == checksum(whole)
+    assert (whole["seconds"], whole["processes"], list(whole["forms"])) == (4, 2, ["3x3", "plain", "popular"])
+    with pytest.raises(ValueError, match="parts of different measurements"):
+        merge.merge([part("plain", 1.5), part("popular", 2.5, batch=512)])
+
+
 def test_the_plan_fits_the_time():
     data = SimpleNamespace(name="cifar100", num_train=50_000, image_size=32)
     how, times = {"batch_size": 512}, {"a": {16: 0.01, 24: 0.02, 32: 0.04, "test": 1.0}}
@@ -169,7 +186,14 @@ def test_the_plan_fits_the_time():
 def lease(folder: Path, part: str, **environment) -> subprocess.CompletedProcess:
     command = ["bash", "benchmark/gpu/lease.sh", part, "550"]
     settings = {"OUT": str(folder / "out"), "STATE": str(folder / "state"), "DEVICE": "cpu", "PYTHON": sys.executable}
-    settings |= {"QUICK": "--quick", "BACKEND": "aot_eager", "PRECISIONS": "", "OMP_NUM_THREADS": "1", **environment}
+    settings |= {
+        "QUICK": "--quick",
+        "BACKEND": "aot_eager",
+        "PRECISIONS": "",
+        "FORMS": "plain",
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
     settings = {**os.environ, **settings}
     return subprocess.run(command, cwd=folder / "tree", capture_output=True, text=True, timeout=600, env=settings)
 
@@ -204,8 +228,11 @@ def test_rehearsal(images, tmp_path):
         with tarfile.open(back / f"results-{part}.tgz") as packed:
             packed.extractall(tmp_path / "checkout", filter="data")
     results = tmp_path / "checkout" / "results"
-    content = json.loads((results / "benchmark" / "network-cpu-bfloat16-resnet20.json").read_text("utf-8"))
+    content = json.loads((results / "benchmark" / "network-cpu-bfloat16.json").read_text("utf-8"))
     assert (content["commit"], content["sha256"]) == (COMMIT, checksum(content))
+    assert [(row["form"], row["direction"]) for row in content["rows"]] == [
+        (form, way) for way in ("inference", "training") for form in ("3x3", "plain")
+    ]
     runs = [read_run(path) for path in sorted((results / "runs").glob("*.json"))]
     assert [run["model"] for run in runs] == ["resnet20", "scconv_resnet20"]
     assert {(run["commit"], run["tree"], run["recipe"]["name"]) for run in runs} == {(COMMIT, TREE, "short")}

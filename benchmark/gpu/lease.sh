@@ -5,7 +5,8 @@
 #
 #   check     right or wrong; one network timed; keeps the first half of the images
 #   train     the second half; four networks on CIFAR-100
-#   trials    what could make SCConv faster
+#   trials    what could make SCConv faster, in a network
+#   layer     one layer at eight shapes
 #   kernels   the Triton kernels of commit 8ba412e, unpacked in data/gpu/old
 #   weights   nothing but the next pieces of weights that are left
 #
@@ -20,7 +21,7 @@ back=$state/back-$part
 OUT=$(mkdir -p "${OUT:?a folder for what goes back}" && cd "$OUT" && pwd)
 mkdir -p "$back/results/runs" "$back/results/benchmark" "$back/logs" "$state/weights"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 SCCONV_DATA=$state/data SCCONV_COMMIT=${SCCONV_COMMIT:-} SCCONV_TREE=${SCCONV_TREE:-}
-export TORCHINDUCTOR_CACHE_DIR=$state/inductor TRITON_CACHE_DIR=$state/triton OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+export TORCHINDUCTOR_CACHE_DIR=$state/inductor TRITON_CACHE_DIR=$state/triton TORCHINDUCTOR_COMPILE_THREADS=4 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
 # A result must say which code made it, and no .git comes along.
 for id in "$SCCONV_COMMIT" "$SCCONV_TREE"; do
@@ -36,10 +37,23 @@ job() {  # NAME, MOST SECONDS, COMMAND
   timeout -k 5 "$seconds" "$@" > "$back/logs/$name.log" 2>&1
   echo "[$SECONDS s] $name ended with $?"
 }
-speed() {
-  local name=$1 most=$2; shift 2
-  job "$name" "$most" $python benchmark/speed.py "$@" --device "$device" --dtype bfloat16 $quick ${quick:+--network scconv_resnet20}
+started=0 turns=$state/turns-$part parts=$state/parts-$part
+speed() {  # FILE, FORMS, OPTIONS of speed.py: compile side by side, a process for each direction and each group a,b,c of forms
+  local file=$1 forms=$2 form way; shift 2
+  for form in $forms; do for way in inference training; do
+    started=$((started + 1))
+    job "$file-$started" $((limit - SECONDS - 12)) $python benchmark/speed.py "$@" --forms 3x3 ${form//,/ } --directions $way \
+      --turns "$turns" --device "$device" --dtype bfloat16 $quick ${quick:+--network scconv_resnet20} \
+      --out "$(printf '%s/%s/%02d.json' "$parts" "$file" $started)" &
+  done; done
 }
+measure() {  # SECONDS it takes: then, when the processor is quiet, one after the other
+  until [ "$(ls "$turns" | grep -c ready)" -ge $started ] || [ "$(left)" -lt "$1" ]; do sleep 0.5; done
+  echo "[$SECONDS s] $(ls "$turns" | grep -c ready) of $started have compiled"
+  touch "$turns/go"; wait
+  for file in "$parts"/*; do $python $here/merge.py "$file"/*.json --out "$back/results/benchmark/$(basename "$file").json"; done
+}
+rm -rf "$turns" "$parts"; mkdir -p "$turns" "$parts"
 pack() { tar -czf "$OUT/.tmp.tgz" -C "$back" . && mv "$OUT/.tmp.tgz" "$OUT/results-$part.tgz"; }
 send_weights() {  # in pieces of less than 16 MiB, four a call: 62 of 64 MiB
   for file in "$state"/weights/*.half.safetensors; do
@@ -50,28 +64,20 @@ send_weights() {  # in pieces of less than 16 MiB, four a call: 62 of 64 MiB
 }
 trap pack EXIT
 { nvidia-smi -L; nproc; grep -m1 'model name' /proc/cpuinfo; } > "$back/logs/machine.log" 2>&1
-benchmarks=$back/results/benchmark
 
 case $part in
 check)
   job unpack 100 $python $here/cifar_halves.py unpack data/gpu/a/half.npz "$state/a.npz" &
-  job check-plain 120 $python $here/check.py plain --device "$device" --out "$benchmarks" $quick &
-  job check-compiled 150 $python $here/check.py compiled --device "$device" --out "$benchmarks" ${BACKEND:+--backend $BACKEND} $quick &
+  job check-plain 120 $python $here/check.py plain --device "$device" --out "$back/results/benchmark" $quick &
+  job check-compiled 150 $python $here/check.py compiled --device "$device" --out "$back/results/benchmark" ${BACKEND:+--backend $BACKEND} $quick &
   for precision in ${PRECISIONS-bf16 fp16}; do
     job "digits-$precision" 90 $python -m scconv.train --model scconv_resnet20 --data digits --recipe quick --precision "$precision" \
       --channels-last --overwrite --out "$state/digits" &
   done
-  if [ -z "$quick" ]; then
-    job tests 150 $python -m pytest -q -o addopts= -p no:cacheprovider -k "gpu or any_device" tests/test_compiled.py tests/test_redundancy.py &
-    # Compile side by side, into the cache that the measurement then reads. These times are thrown away.
-    for form in 3x3+compile scconv+compile scconv+layers; do for way in inference training; do
-      speed "warm-$form-$way" $((limit - 75)) network --forms 3x3 "$form" --directions $way --rounds 2 --out "$state/warm/$form-$way.json" &
-    done; done
-  fi
-  wait
-  speed network-eager 60 network --forms 3x3 floor popular plain --out "$benchmarks"
-  pack
-  [ -n "$quick" ] || speed network 150 network --forms 3x3 floor popular plain scconv+layers 3x3+compile scconv+compile --out "$benchmarks"
+  [ -n "$quick" ] || job tests 150 $python -m pytest -q -o addopts= -p no:cacheprovider -k "gpu or any_device" \
+    tests/test_compiled.py tests/test_redundancy.py &
+  speed "network-$device-bfloat16" "${FORMS:-floor,popular,plain 3x3+compile scconv+compile scconv+layers}" network
+  measure 45
   grep -hE "WRONG|beyond the limit| passed| failed" "$back"/logs/*.log
   ;;
 train)
@@ -84,11 +90,16 @@ train)
   send_weights
   ;;
 trials)
-  pair="3x3 3x3+compile scconv+compile"
-  speed graphs 150 network --forms $pair --compile-mode reduce-overhead --out "$benchmarks"
-  speed dense 150 network --forms $pair dense+compile --out "$benchmarks"
-  speed batch-512 150 network --forms $pair plain --batch 512 --out "$benchmarks"
-  speed layer 150 layer --forms 3x3 popular plain scconv+compile --memory-formats channels_last --out "$benchmarks"
+  speed "network-$device-bfloat16-reduce-overhead" "3x3+compile scconv+compile" network --compile-mode reduce-overhead
+  speed "network-$device-bfloat16-dense" "3x3+compile scconv+compile dense+compile" network
+  speed "network-$device-bfloat16-batch512" "plain 3x3+compile scconv+compile" network --batch 512
+  measure 60
+  ;;
+layer)
+  for shape in 64,32,32 128,16,32 256,8,32 512,4,32 64,56,8 128,28,8 256,14,8 512,7,8; do
+    speed "layer-$device-bfloat16" popular,plain,scconv+compile layer --shapes $shape --batch 128 --memory-formats channels_last
+  done
+  measure 30
   ;;
 kernels)  # ratios to the 3×3 of the same run, to hold against those of network-cuda-bfloat16.json
   old=$PWD/data/gpu/old
@@ -96,6 +107,6 @@ kernels)  # ratios to the 3×3 of the same run, to hold against those of network
     --forms 3x3 plain stock scconv $quick --out "$back/kernels-8ba412e.json"
   ;;
 weights) send_weights ;;
-*) echo "lease.sh: $part: must be check, train, trials, kernels or weights"; exit 2 ;;
+*) echo "lease.sh: $part: must be check, train, trials, layer, kernels or weights"; exit 2 ;;
 esac
 tail -n 3 "$back"/logs/*.log | cut -c1-200 | tail -n 60
