@@ -204,6 +204,7 @@ def alone(folder: Path | None) -> Iterator[None]:
         return
     import fcntl  # not on Windows
 
+    torch.cuda.empty_cache()  # the others need it; nothing without a GPU
     (folder / f"{os.getpid()}.ready").touch()
     while not (folder / "go").exists():
         time.sleep(0.2)
