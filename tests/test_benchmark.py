@@ -32,7 +32,7 @@ def test_popular_form_is_the_published_implementation(name):
     oracle = {key: torch.from_numpy(value) for key, value in oracle.items()}
     layer = PopularSCConv(
         config["channels"], config["channels"], config["kernel_size"], alpha=config["alpha"], gate="soft",
-        squeeze_ratio=config["squeeze_ratio"], groups=config["group_size"], gn_groups=config["group_num"],
+        squeeze_ratio=config["squeeze_ratio"], gwc_groups=config["group_size"], gn_groups=config["group_num"],
         gate_threshold=config["threshold"], dtype=torch.float64,
     )  # fmt: skip
 
