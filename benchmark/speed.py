@@ -375,7 +375,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.compiler.config.recompile_limit = 64  # all forms share the text of one forward
     torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")  # TF32, which convolutions on a GPU use anyway; nothing on a processor
+    if arguments.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, which convolutions there use anyway
     start, shapes = time.monotonic(), shapes_of(arguments)
     if arguments.what == "memory":
         rows = [row for shape in shapes for row in count(shape, arguments)]

@@ -48,11 +48,12 @@ speed() {  # FILE, FORMS, OPTIONS of speed.py: compile side by side, a process f
       --out "$(printf '%s/%s/%02d.json' "$parts" "$file" $started)" &
   done; done
 }
-measure() {  # SECONDS it takes: then, when the processor is quiet, one after the other
-  until [ "$(ls "$turns" | grep -c ready)" -ge $started ] || [ "$(left)" -lt "$1" ]; do sleep 0.5; done
-  echo "[$SECONDS s] $(ls "$turns" | grep -c ready) of $started have compiled"
+ready() { ls "$turns" | grep -c ready; }
+measure() {  # SECONDS it takes: when all else has ended, or time presses, one after the other
+  until [ "$(jobs -rp | wc -l)" -le "$(ready)" ] || [ "$(left)" -lt "$1" ]; do sleep 0.5; done
+  echo "[$SECONDS s] $(ready) of $started have compiled"
   touch "$turns/go"; wait
-  for file in "$parts"/*; do $python $here/merge.py "$file"/*.json --out "$back/results/benchmark/$(basename "$file").json"; done
+  for file in "$parts"/*; do [ -d "$file" ] && $python $here/merge.py "$file"/*.json --out "$back/results/benchmark/$(basename "$file").json"; done
 }
 rm -rf "$turns" "$parts"; mkdir -p "$turns" "$parts"
 pack() { tar -czf "$OUT/.tmp.tgz" -C "$back" . && mv "$OUT/.tmp.tgz" "$OUT/results-$part.tgz"; }
