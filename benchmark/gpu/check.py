@@ -41,8 +41,9 @@ LAYERS = [
     ((4, 2048, 1, 1), 2048, {}),
     ((512, 64, 4, 4), 64, {}),  # weight gradients add up over a large batch
 ]
-# Precision: the largest error allowed. The gate jumps, so in float32 a few elements fall on the other side.
-LIMITS = {"float64": 1e-10, "float32": 2e-3, "tf32": 2e-2, "bfloat16": 3e-2, "float16": 1e-2}
+# Precision: the largest error allowed. On a processor bfloat16 has 8e-3, float16 1e-3 and float32 1e-6 at the most; but
+# the gate jumps, so in float32 a single element on its other side would be 1e-3.
+LIMITS = {"float64": 1e-10, "float32": 2e-3, "tf32": 2e-2, "bfloat16": 2e-2, "float16": 4e-3}
 
 
 def error(found: Tensor, wanted: Tensor) -> float:

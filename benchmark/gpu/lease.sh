@@ -16,8 +16,7 @@ set -u
 part=$1 limit=$2
 here=benchmark/gpu
 python=${PYTHON:-python3} device=${DEVICE:-cuda} quick=${QUICK:-}  # DEVICE=cpu QUICK=--quick: a rehearsal
-shm=/dev/shm; [ -w $shm ] || shm=/tmp
-state=${STATE:-$shm/scconv-gpu}  # outlives a call, as long as the machine is the same
+state=${STATE:-/tmp/scconv-gpu}  # outlives a call, as long as the machine is the same
 back=$state/back-$part
 OUT=$(mkdir -p "${OUT:?a folder for what goes back}" && cd "$OUT" && pwd)
 mkdir -p "$back/results/runs" "$back/results/benchmark" "$back/logs" "$state/weights"
