@@ -167,6 +167,8 @@ def test_merging_keeps_each_forms_rows_and_one_base():
     assert [(row["form"], row["ratio"]) for row in whole["rows"]] == [("3x3", 1.0), ("plain", 1.5), ("popular", 2.5)]
     assert whole["sha256"] == checksum(whole)
     assert (whole["seconds"], whole["processes"], list(whole["forms"])) == (4, 2, ["3x3", "plain", "popular"])
+    assert whole["settings"]["forms"] == ["3x3", "plain", "popular"]
+    assert (whole["settings"]["directions"], whole["settings"]["shapes"]) == (["training"], None)
     with pytest.raises(ValueError, match="parts of different measurements"):
         merge.merge([part("plain", 1.5), part("popular", 2.5, batch=512)])
 

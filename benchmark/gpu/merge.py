@@ -24,7 +24,9 @@ def merge(parts: list[dict]) -> dict:
             rows.setdefault((row["form"], row["direction"], *row["shape"], row["memory_format"]), row)
     forms = {form: words for part in parts for form, words in part["forms"].items()}
     whole = parts[0] | {"forms": forms, "rows": list(rows.values()), "processes": len(parts)}
-    whole["settings"] |= {key: None for key in APART}
+    for key in APART:  # all of them, in order; None stays None
+        found = [part["settings"][key] for part in parts]
+        whole["settings"][key] = found[0] and list(dict.fromkeys(value for values in found for value in values))
     whole["seconds"] = sum(part["seconds"] for part in parts)
     return whole | {"sha256": checksum(whole)}
 
