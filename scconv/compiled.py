@@ -172,7 +172,7 @@ def is_watched(module: nn.Module) -> bool:
 
 def is_ordinary(x: Tensor, layer: SCConv, tensors: list[Tensor | None]) -> bool:
     """Whether x suits the layer, and all are tensors of numbers that compiled code can read."""
-    if is_exporting() or is_transforming() or type(x) not in (Tensor, nn.Parameter):
+    if is_exporting() or type(x) not in (Tensor, nn.Parameter):
         return False
     if x.ndim != 4 or not x.shape[1] == layer.sru.channels == layer.cru.in_channels or not x.numel() or x.is_meta:
         return False
@@ -191,11 +191,6 @@ def is_exporting() -> bool:
     # Before torch 2.14 Dynamo answers that it exports even where it only compiles.
     exporting = torch.compiler.is_exporting() and not (OLD and torch.compiler.is_dynamo_compiling())
     return exporting or torch.jit.is_tracing()
-
-
-def is_transforming() -> bool:
-    """Whether torch.func differentiates or batches what runs. PyTorch has no public way to ask that Dynamo follows."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def is_plain(t: Tensor) -> bool:
@@ -396,9 +391,11 @@ def squeezed(
     pass; here they are recomputed from x."""
     if not plan.soft:
         scale, shift = scale.detach(), shift.detach()  # they act through a comparison only
-    mean, rstd = group_statistics(x.detach(), plan.gn_groups, plan.eps)
-    spread = per_group(scale.detach(), plan.gn_groups)
-    factor, offset = rstd @ spread, torch.addmm(shift.detach(), mean * rstd, spread, alpha=-1)
+    # Reconstruct's backward pass goes through the statistics itself. Without one, forward-mode AD must find its way.
+    fixed = (x.detach(), scale.detach(), shift.detach()) if torch.is_grad_enabled() else (x, scale, shift)
+    mean, rstd = group_statistics(fixed[0], plan.gn_groups, plan.eps)
+    spread = per_group(fixed[1], plan.gn_groups)
+    factor, offset = rstd @ spread, torch.addmm(fixed[2], mean * rstd, spread, alpha=-1)
 
     def again(x, scale, shift, squeeze_up, squeeze_low):
         halves = Reconstruct.apply(x, scale, shift, mean, rstd, factor, offset, plan)

@@ -19,7 +19,6 @@ from scconv.compiled import (
     is_exporting,
     is_plain,
     is_too_small,
-    is_transforming,
     is_watched,
     own_tensors,
     plan_of,
@@ -37,10 +36,11 @@ fx.wrap("check_input")  # torch.fx does not look inside, where it could not foll
 class FoldedSCConv(nn.Module):
     """An SCConv in evaluation mode and the batch norm behind it, (N, C1, H, W) to (N, C2, H', W').
 
-    Computes in the precision of its weights, under autocast too.
+    Computes in the precision of its weights, under autocast too. It has no gradients: asking for one is an error.
 
     Its parts are a group norm and five convolutions. They are called one by one, which is slower, wherever one of them
-    has a hook or was changed, where a derivative is asked for, and under torch.fx, torch.export and torch.jit.trace.
+    has a hook or was changed, where a gradient may be asked for (under torch.compile: wherever torch.no_grad is off),
+    and under torch.vmap, torch.fx, torch.export and torch.jit.trace. What the last three write down has gradients.
     """
 
     def __init__(self, scconv: SCConv, norm: nn.BatchNorm2d | None):
@@ -65,34 +65,39 @@ class FoldedSCConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(x, self.in_channels)
+        if isinstance(x, fx.Proxy) or is_exporting():
+            return self.part_by_part(x)
+        if self.can_be_rewritten(x):
+            return self.by_rewrite(x)
+        refuse = NoGradient if torch.compiler.is_compiling() else NoDerivative
+        return refuse.apply(self.part_by_part(x))
+
+    def can_be_rewritten(self, x: Tensor) -> bool:
+        """Whether the parts are plain, and nobody may ask for a derivative."""
         pointwise = {name: getattr(self, name) for name in ("squeeze_up", "squeeze_low", "pwc_up", "lower")}
         reason = reason_in_parts({"gn": (self.gn, WeightedGroupNorm)}, self.gwc, pointwise)
-        if (
-            reason
-            or isinstance(x, fx.Proxy)
-            or is_exporting()
-            or is_transforming()
-            or self.is_asked_for_a_derivative(x)
-            or is_too_small(x, self.gn, self.gwc)
-        ):
-            return self.part_by_part(x)
+        if reason or is_too_small(x, self.gn, self.gwc):
+            return False
+        if torch.compiler.is_compiling():  # it does not tell whether torch.func differentiates
+            return not torch.is_grad_enabled()
+        tensors = x, *self.parameters()
+        asked = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return not asked and not x.is_meta and all(map(is_plain, tensors))
+
+    def by_rewrite(self, x: Tensor) -> Tensor:
+        """Eq. (1)-(9) by the rewrite of `compiled.py`."""
         device, dtype = x.device.type, self.gwc.weight.dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(device):
             raise ValueError(f"input of {x.dtype}: must be {dtype}, as the weights are")
-        compiling, wide = torch.compiler.is_compiling(), torch.promote_types(dtype, torch.float32)
-        if not compiling and (x.is_meta or not all(map(is_plain, (x, *self.parameters())))):
-            return self.part_by_part(x)
+        wide = torch.promote_types(dtype, torch.float32)
         tensors = (
             *gate_affine(self.gn.weight, self.gn.bias, wide), self.squeeze_up.weight, self.squeeze_low.weight,
             self.gwc.weight, self.pwc_up.weight, self.gwc.bias, self.lower.weight.flatten(1),
         )  # fmt: skip
+        compiler = None if torch.compiler.is_compiling() else self.compiler
         with torch.no_grad(), torch.autocast(device, enabled=False):
             arguments = x.to(dtype), *tensors, self.plan, (self.back.to(wide), self.offset)
-            return rewrite(*arguments) if compiling or not self.compiler else run_compiled(rewrite, self, *arguments)
-
-    def is_asked_for_a_derivative(self, x: Tensor) -> bool:
-        """With respect to x or to a parameter."""
-        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+            return run_compiled(rewrite, self, *arguments) if compiler else rewrite(*arguments)
 
     def part_by_part(self, x: Tensor) -> Tensor:
         """Eq. (1)-(9) as a group norm and five convolutions."""
@@ -128,6 +133,44 @@ def _convolution(weight: Tensor, bias: Tensor | None = None, *geometry) -> nn.Co
     return conv
 
 
+NO_GRADIENT = "FoldedSCConv: has no gradients, take them from the network before fuse_for_inference"
+
+
+@torch.library.custom_op("scconv::no_gradient", mutates_args=())
+def no_gradient(g: Tensor) -> Tensor:
+    """An operator, so that compiled code raises when its backward pass runs, and not a compiler when it looks at it."""
+    raise RuntimeError(NO_GRADIENT)
+
+
+no_gradient.register_fake(torch.empty_like)
+
+
+class NoGradient(torch.autograd.Function):
+    """A copy of y, (N, C2, H', W'), whose derivative is an error."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor) -> Tensor:
+        return y.clone()  # not a view, which could not be changed in place
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        return no_gradient(g)
+
+
+class NoDerivative(NoGradient):
+    """In forward mode too. A class of its own, because torch.compile takes no jvp."""
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:
+        raise RuntimeError(NO_GRADIENT)
+
+
 def affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """a and c of a batch norm in evaluation mode, (C,) each."""
     factor = torch.rsqrt(norm.running_var + norm.eps)
@@ -147,8 +190,9 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     A batch norm stays where something else reads what it normalises, where its factor is 0 in a channel, where it has
     no statistics, or where it or the convolution has a hook, a second use or a reader of its weights. An SCConv that
     the rewrite of `compile_scconv` does not cover stays as it is too, and a warning names it with the reason. The copy
-    computes the same up to rounding. It is for use, not for training: its parameters are frozen. For speed, let
-    `compile_scconv` take the model first or compile the copy.
+    computes the same up to rounding. It is for use, not for training: its parameters are frozen, and a gradient through
+    a FoldedSCConv raises RuntimeError. For speed, let `compile_scconv` take the model first or compile the copy, and call it
+    under `torch.no_grad()`.
 
     Raises:
         ValueError: torch.fx cannot follow the model's forward, so what stands behind what is not known; or the model
