@@ -391,11 +391,10 @@ def squeezed(
     pass; here they are recomputed from x."""
     if not plan.soft:
         scale, shift = scale.detach(), shift.detach()  # they act through a comparison only
-    # Reconstruct's backward pass goes through the statistics itself. Without one, forward-mode AD must find its way.
-    fixed = (x.detach(), scale.detach(), shift.detach()) if torch.is_grad_enabled() else (x, scale, shift)
-    mean, rstd = group_statistics(fixed[0], plan.gn_groups, plan.eps)
-    spread = per_group(fixed[1], plan.gn_groups)
-    factor, offset = rstd @ spread, torch.addmm(fixed[2], mean * rstd, spread, alpha=-1)
+    # Reconstruct has the derivatives of these; nothing is detached, so that forward-mode AD finds them where it is not.
+    mean, rstd = group_statistics(x, plan.gn_groups, plan.eps)
+    spread = per_group(scale, plan.gn_groups)
+    factor, offset = rstd @ spread, torch.addmm(shift, mean * rstd, spread, alpha=-1)
 
     def again(x, scale, shift, squeeze_up, squeeze_low):
         halves = Reconstruct.apply(x, scale, shift, mean, rstd, factor, offset, plan)

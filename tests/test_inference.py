@@ -185,29 +185,69 @@ def test_a_convolution_that_is_watched_or_read_elsewhere_stays(build):
 # ---- it is for use alone ----
 
 
-def test_parameters_are_frozen_and_derivatives_of_the_input_are_right():
-    model = with_a_past(nn.Sequential(nn.Conv2d(8, 8, 1), SCConv(8, 8), nn.BatchNorm2d(8)))
-    fused, x = fuse_for_inference(model), torch.randn(1, 8, 4, 4, dtype=torch.float64)
-    assert not any(parameter.requires_grad for parameter in fused.parameters())
-    jacobian = torch.autograd.functional.jacobian
-    assert_close(jacobian(fused, x), jacobian(model, x), rtol=1e-10, atol=1e-10)
+def of_the_input(f, x):
+    f(x.clone().requires_grad_()).sum().backward()
+
+
+def of_a_parameter(f, x):
+    f.requires_grad_()
+    f(x).sum().backward()
+
+
+def by_forward_mode(f, x):
     with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(fused(forward_ad.make_dual(x, x))).tangent
-    assert_close(tangent, torch.func.jvp(model, (x,), (x,))[1], rtol=1e-10, atol=1e-10)
+        f(forward_ad.make_dual(x, x))
 
 
-def test_a_parameter_that_is_thawed_gets_its_gradient():
-    fused, x = fuse_for_inference(SCConv(8, 8, dtype=torch.float64)), torch.randn(1, 8, 3, 3, dtype=torch.float64)
-    weight = fused.requires_grad_().squeeze_low.weight
-    (found,) = torch.autograd.grad(fused(x).square().sum(), weight)
-    step = 1e-6 * torch.randn(weight.shape, dtype=torch.float64)
-    values = []
-    for sign in (1, -1):
-        with torch.no_grad():
-            weight += sign * step
-            values.append(fused(x).square().sum())
-            weight -= sign * step
-    assert_close((found * step).sum(), (values[0] - values[1]) / 2, rtol=1e-6, atol=1e-12)
+ASKED = {
+    "of the input": of_the_input,
+    "of a parameter": of_a_parameter,
+    "by forward mode": by_forward_mode,
+    "by grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "by grad, of a parameter": lambda f, x: torch.func.grad(
+        lambda weight: torch.func.functional_call(f, {"1.gwc.weight": weight}, (x,)).sum()
+    )(f[1].gwc.weight.detach()),
+    "by vjp": lambda f, x: torch.func.vjp(f, x)[1](x),
+    "by jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "by hessian": lambda f, x: torch.func.hessian(lambda x: f(x).sum())(x),
+    "by vmap of grad": lambda f, x: torch.vmap(torch.func.grad(lambda image: f(image[None]).sum()))(x),
+    "by grad of vmap": lambda f, x: torch.func.grad(lambda x: torch.vmap(lambda i: f(i[None]))(x).sum())(x),
+    "by a compiled grad": lambda f, x: torch.compile(torch.func.grad(lambda x: f(x).sum()), backend="eager")(x),
+    "in a compiled network": lambda f, x: of_the_input(torch.compile(f, backend="aot_eager", fullgraph=True), x),
+    "of a parameter in a compiled network": lambda f, x: of_a_parameter(torch.compile(f, backend="eager"), x),
+}
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
+@pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
+def test_a_gradient_through_it_is_refused(ask, hooked):
+    model = with_a_past(nn.Sequential(nn.Conv2d(8, 8, 1), SCConv(8, 8), nn.BatchNorm2d(8), nn.ReLU(inplace=True)))
+    fused, x = fuse_for_inference(model), torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    if hooked:
+        fused[1].gwc.register_forward_hook(lambda *_: None)
+    assert not any(parameter.requires_grad for parameter in fused.parameters())
+    with pytest.raises(RuntimeError, match=r"^FoldedSCConv: has no gradients, take them from the network before fuse"):
+        ask(fused, x)
+
+
+@pytest.mark.parametrize("compiler", [None, "eager", "aot_eager"])
+def test_where_a_gradient_could_be_asked_for_it_computes_the_same(compiler):
+    model = with_a_past(nn.Sequential(SCConv(8, 8), nn.BatchNorm2d(8), nn.ReLU(inplace=True)))
+    fused, x = fuse_for_inference(model), torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    expected = model(x).detach()
+    call = torch.compile(fused, backend=compiler, fullgraph=True) if compiler else fused
+    assert_close(call(x), expected, rtol=1e-10, atol=1e-10)
+    assert_close(call(x.clone().requires_grad_()).detach(), expected, rtol=1e-10, atol=1e-10)
+    assert_close(call(fused.requires_grad_() and x).detach(), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_directional_derivative_of_compiled_code_is_right():
+    """Under no_grad torch.compile does not tell that one is asked for."""
+    model = with_a_past(nn.Sequential(SCConv(8, 8), nn.BatchNorm2d(8)))
+    fused, x = fuse_for_inference(model), torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        found = torch.compile(lambda x: torch.func.jvp(fused, (x,), (x,))[1], backend="eager")(x)
+    assert_close(found, torch.func.jvp(model, (x,), (x,))[1].detach(), rtol=1e-9, atol=1e-9)
 
 
 def test_what_a_convolution_refuses_is_refused():
