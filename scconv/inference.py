@@ -160,11 +160,15 @@ class NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: Tensor) -> Tensor:
-        return no_gradient(g)
+        return no_gradient(g.detach())
 
 
 class NoDerivative(NoGradient):
-    """In forward mode too. A class of its own, because torch.compile takes no jvp."""
+    """In forward mode too, and at once. A class of its own, because torch.compile takes neither."""
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        raise RuntimeError(NO_GRADIENT)
 
     @staticmethod
     def jvp(ctx, tangent: Tensor) -> Tensor:
@@ -191,8 +195,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     no statistics, or where it or the convolution has a hook, a second use or a reader of its weights. An SCConv that
     the rewrite of `compile_scconv` does not cover stays as it is too, and a warning names it with the reason. The copy
     computes the same up to rounding. It is for use, not for training: its parameters are frozen, and a gradient through
-    a FoldedSCConv raises RuntimeError. For speed, let `compile_scconv` take the model first or compile the copy, and call it
-    under `torch.no_grad()`.
+    a FoldedSCConv raises RuntimeError. For speed, let `compile_scconv` take the model first or compile the copy, and
+    call it under `torch.no_grad()`.
 
     Raises:
         ValueError: torch.fx cannot follow the model's forward, so what stands behind what is not known; or the model

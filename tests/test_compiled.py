@@ -516,6 +516,16 @@ def test_other_tools_find_what_they_find_in_the_text(tool):
     assert_close(tool(fast(layer), x), tool(layer, x), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_a_directional_derivative_of_the_whole_is_right_in_compiled_code(with_gradients):
+    layer, x = build(8, 8, gn_groups=2), randn(1, 8, 3, 3)
+    quick = fast(layer)
+    torch.compiler.reset()
+    with torch.set_grad_enabled(with_gradients):
+        found = torch.compile(lambda x: torch.func.jvp(quick, (x,), (x,))[1], backend="eager")(x)
+    assert_close(found.detach(), torch.func.jvp(layer, (x,), (x,))[1].detach(), rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("tool", SECOND.values(), ids=SECOND)
 def test_second_derivatives_are_refused_in_one_line(tool, backend):

@@ -226,6 +226,7 @@ def test_a_gradient_through_it_is_refused(ask, hooked):
     if hooked:
         fused[1].gwc.register_forward_hook(lambda *_: None)
     assert not any(parameter.requires_grad for parameter in fused.parameters())
+    torch.compiler.reset()
     with pytest.raises(RuntimeError, match=r"^FoldedSCConv: has no gradients, take them from the network before fuse"):
         ask(fused, x)
 
@@ -235,6 +236,7 @@ def test_where_a_gradient_could_be_asked_for_it_computes_the_same(compiler):
     model = with_a_past(nn.Sequential(SCConv(8, 8), nn.BatchNorm2d(8), nn.ReLU(inplace=True)))
     fused, x = fuse_for_inference(model), torch.randn(2, 8, 4, 4, dtype=torch.float64)
     expected = model(x).detach()
+    torch.compiler.reset()
     call = torch.compile(fused, backend=compiler, fullgraph=True) if compiler else fused
     assert_close(call(x), expected, rtol=1e-10, atol=1e-10)
     assert_close(call(x.clone().requires_grad_()).detach(), expected, rtol=1e-10, atol=1e-10)
@@ -245,6 +247,7 @@ def test_a_directional_derivative_of_compiled_code_is_right():
     """Under no_grad torch.compile does not tell that one is asked for."""
     model = with_a_past(nn.Sequential(SCConv(8, 8), nn.BatchNorm2d(8)))
     fused, x = fuse_for_inference(model), torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    torch.compiler.reset()
     with torch.no_grad():
         found = torch.compile(lambda x: torch.func.jvp(fused, (x,), (x,))[1], backend="eager")(x)
     assert_close(found, torch.func.jvp(model, (x,), (x,))[1].detach(), rtol=1e-9, atol=1e-9)
