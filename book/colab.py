@@ -2,7 +2,7 @@
 
     python book/colab.py [ADDRESS]
 
-writes ADDRESS, such as https://github.com/OWNER/NAME, into the first cell of each notebook, the README (badges,
+writes ADDRESS, such as https://github.com/OWNER/NAME, into the first cell of each notebook, both READMEs (badges,
 `git clone`, `pip install git+…`), `book/use.md` (`pip install git+…`), `_config.yml` (the book's link),
 `pyproject.toml` and `CITATION.cff`. Without ADDRESS the one that is there stays. What Colab has to clone must be in the
 notebook, since Colab opens it from its repository.
@@ -67,7 +67,7 @@ LINES = {
     "pyproject.toml": ('license-files = ["LICENSE"]\n', 'urls = {{ Repository = "{address}" }}\n'),
 }
 # And these have parts between <!-- NAME --> and <!-- /NAME -->, empty without an address.
-WITH_PARTS = ("README.md", "book/use.md")
+WITH_PARTS = ("README.md", "README.zh-TW.md", "book/use.md")
 PARTS = {
     "badges": """\
 [![tests]({address}/actions/workflows/test.yml/badge.svg)]({address}/actions/workflows/test.yml)

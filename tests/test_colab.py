@@ -69,7 +69,7 @@ def checkout(tmp_path):
     """A copy of what has the address, without one."""
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "book").mkdir()
-    for name in ("_config.yml", "CITATION.cff", "pyproject.toml", "README.md", "book/use.md"):
+    for name in ("_config.yml", "CITATION.cff", "pyproject.toml", "README.md", "README.zh-TW.md", "book/use.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     for path in colab.NOTEBOOKS[:2]:
         shutil.copy(path, tmp_path / "notebooks")
@@ -115,7 +115,7 @@ def test_without_an_address_no_place_has_one(checkout):
 def test_every_place_has_the_address_of_the_notebooks(tmp_path):
     """Written once more, nothing changes."""
     (tmp_path / "book").mkdir()
-    names = ("_config.yml", "CITATION.cff", "pyproject.toml", "README.md", "book/use.md")
+    names = ("_config.yml", "CITATION.cff", "pyproject.toml", "README.md", "README.zh-TW.md", "book/use.md")
     for name in names:
         shutil.copy(ROOT / name, tmp_path / name)
     colab.write_address(tmp_path, colab.read_address(read(colab.NOTEBOOKS[0])))

@@ -1,10 +1,11 @@
-"""The README's examples print what the README says, and its findings are those of the result files."""
+"""The README's examples print what it says, its findings are those of the result files, and the Chinese one agrees."""
 
 import contextlib
 import io
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from statistics import median
 
@@ -12,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-
+CHINESE = (ROOT / "README.zh-TW.md").read_text("utf-8")
 
 EXAMPLES = re.findall(r"```python\n(.*?)```\n\nprints\n\n```text\n(.*?)```", README, re.DOTALL)
 SLOW = [pytest.param(*example, marks=pytest.mark.slow if "onnx" in example[0] else ()) for example in EXAMPLES]
@@ -52,8 +53,17 @@ def times(dtype: str, form: str, base: str) -> list[str]:
     return [f"{ratio[form, direction] / ratio[base, direction]:.2f}" for direction in ("inference", "training")]
 
 
+def findings_of(page: str) -> str:
+    (findings,) = re.findall(r"<!-- findings -->(.*)<!-- /findings -->", page, re.DOTALL)
+    return findings
+
+
+def measured(findings: str) -> list[str]:
+    """Its fractions and percentages, in their order."""
+    return [number.replace(" ", "") for number in re.findall(r"\d+\.\d+(?: %)?|\d+ %", findings)]
+
+
 def test_findings_are_those_of_the_result_files():
-    (findings,) = re.findall(r"<!-- findings -->(.*)<!-- /findings -->", README, re.DOTALL)
     networks = ("scconv_resnet20", "resnet20", "sru_resnet20", "cru_resnet20")
     assert [len(runs(network)) for network in networks] == [1, 2, 1, 1]  # seeds
     ours, base, sru, cru = (median(run["test"]["top1"] for run in runs(network)) for network in networks)
@@ -70,5 +80,34 @@ def test_findings_are_those_of_the_result_files():
     expected += times("float32", "scconv+compile", "3x3+compile") + times("float32", "plain", "3x3")
     expected += times("bfloat16", "scconv+compile", "3x3+compile")
     expected += [f"{gamma['gamma']['seed_0']['mean']:.3f}", f"{gamma['gamma_decay_alone']:.3f}"]
-    stated = re.findall(r"\d+\.\d+(?: %)?|\d+ %", findings)
-    assert [number.replace(" ", "") for number in stated] == expected
+    assert measured(findings_of(README)) == expected
+
+
+# ---- the README in Chinese ----
+
+
+def test_the_readmes_lead_to_each_other():
+    assert "](README.md)" in CHINESE.splitlines()[0]
+    assert "](README.zh-TW.md)" in "".join(README.splitlines()[:5])
+
+
+def test_the_chinese_findings_have_the_same_numbers_finding_by_finding():
+    english, chinese = (findings_of(page).strip().split("\n- ") for page in (README, CHINESE))
+    assert len(english) == len(chinese)
+    for ours, theirs in zip(english, chinese, strict=True):
+        assert measured(ours) == measured(theirs)
+        # The others too: epochs, classes, images, and the numbers in names. Their order is the language's.
+        assert Counter(re.findall(r"\d+(?:\.\d+)?", ours)) == Counter(re.findall(r"\d+(?:\.\d+)?", theirs))
+
+
+def test_the_chinese_code_blocks_are_the_readmes_up_to_its_last_use():
+    """Byte for byte and in their order; torch.hub and what follows is a link."""
+    used, _ = README.split("\n## Through torch.hub\n")
+    english, chinese = (re.findall(r"^```.*?^```$", page, re.DOTALL | re.MULTILINE) for page in (used, CHINESE))
+    assert chinese == english
+    assert CHINESE.count("```") == 2 * len(chinese)
+
+
+def test_the_chinese_links_lead_to_files():
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", CHINESE):
+        assert (ROOT / link).is_file(), link
