@@ -1,6 +1,7 @@
 """The README's examples print what it says, its findings are those of the result files, and the Chinese one agrees."""
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -98,6 +99,12 @@ def test_the_chinese_findings_have_the_same_numbers_finding_by_finding():
         assert measured(ours) == measured(theirs)
         # The others too: epochs, classes, images, and the numbers in names. Their order is the language's.
         assert Counter(re.findall(r"\d+(?:\.\d+)?", ours)) == Counter(re.findall(r"\d+(?:\.\d+)?", theirs))
+
+
+def test_the_chinese_findings_are_a_translation_of_todays():
+    """A change of words alone must reach the translation too."""
+    digest = hashlib.sha256(findings_of(README).encode()).hexdigest()[:12]
+    assert f"<!-- translated from {digest} -->" in CHINESE, f"translate README.md's findings, then write {digest}"
 
 
 def test_the_chinese_code_blocks_are_the_readmes_up_to_its_last_use():

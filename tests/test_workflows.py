@@ -47,7 +47,15 @@ def test_a_fork_learns_that_another_repository_is_written_in_it(tmp_path):
     step = next(step for step in steps("book") if "book/colab.py" in step.get("run", ""))
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*"))
     (tmp_path / "book").mkdir()
-    for file in ("book/colab.py", "book/use.md", "_config.yml", "CITATION.cff", "README.md", "README.zh-TW.md", "pyproject.toml"):
+    for file in (
+        "book/colab.py",
+        "book/use.md",
+        "_config.yml",
+        "CITATION.cff",
+        "README.md",
+        "README.zh-TW.md",
+        "pyproject.toml",
+    ):
         shutil.copy(ROOT / file, tmp_path / file)
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
     bin_folder = tmp_path / "bin"
