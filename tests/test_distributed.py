@@ -64,8 +64,10 @@ def test_two_processes_normalise_as_one_in_every_precision(tmp_path):
 def test_two_processes_train_in_bfloat16(tmp_path):
     words = "--model scconv_resnet20 --data digits --recipe quick --image-size 8 --epochs 1 --limit-train-batches 2"
     command = [*TWO, "-m", "scconv.train", *words.split(), "--precision", "bf16", "--out", tmp_path]
+    command += ["--tracker", "tensorboard"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
     assert (result["precision"], result["scconv_layers"]) == ("bf16", 18)
+    assert len(list(tmp_path.glob("logs/*/*"))) == 1  # the main process alone logs

@@ -47,6 +47,7 @@ MALFORMED = {
     "workers": [*WHOLE, HUGE],
     "time_budget": [*REAL, "0"],
     "checkpoint_minutes": REAL,
+    "tracker": [*NAME, "wandb", "all"],
     "overwrite": ["=1"],
     "resume": ["=1"],
 }

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from sklearn.metrics import log_loss, top_k_accuracy_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from scconv.complexity import count_params
@@ -391,6 +393,56 @@ def test_resume_without_a_checkpoint_starts_at_the_beginning(finished, digits, t
     assert_same_run(*finished, tmp_path, run_tiny(digits, tmp_path, resume=True))
 
 
+# ---- what TensorBoard shows ----------------------------------------------------------------------------------------
+
+
+def read_events(out) -> dict[str, list]:
+    """What TensorBoard shows of the one run below `out`: {name: [(epoch, value), ...]}."""
+    (folder,) = (out / "logs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def assert_shows(out, result) -> None:
+    shown = read_events(out)
+    assert {"train_loss", "train_top1", "test_loss", "test_top1", "lr", "image_size"} <= shown.keys()
+    assert shown.keys() == result["history"][0].keys() - {"epoch"}
+    for name, curve in shown.items():
+        assert curve == [(row["epoch"], np.float32(row[name])) for row in result["history"]]
+
+
+def test_the_tracker_shows_the_history_and_changes_no_number(finished, digits, tmp_path):
+    result = run_tiny(digits, tmp_path, tracker="tensorboard")
+    assert_same_run(*finished, tmp_path, result)
+    assert_shows(tmp_path, result)
+    assert (tmp_path / "logs" / result["name"]).is_dir()
+    assert "tracker" not in (result["command"] or "")
+
+
+def test_a_resumed_run_goes_on_with_its_curves(finished, digits, tmp_path, monkeypatch):
+    """An epoch that was logged but not saved is trained again, and shown once; one of a run before, not at all."""
+    run_tiny(digits, tmp_path, tracker="tensorboard", recipe=replace(TINY, momentum=0.5))
+    with monkeypatch.context() as patch:
+        save = train_module.save_checkpoint
+
+        def save_the_first(state, *args):
+            if state.epoch == 2:
+                raise PowerCut
+            save(state, *args)
+
+        patch.setattr(train_module, "save_checkpoint", save_the_first)
+        with pytest.raises(PowerCut):
+            run_tiny(digits, tmp_path, tracker="tensorboard", overwrite=True)
+    for path in (*tmp_path.glob("*.json"), *tmp_path.glob("*.safetensors")):
+        path.unlink()
+    before = {path: path.read_bytes() for path in tmp_path.glob("logs/*/*")}
+    result = run_tiny(digits, tmp_path, tracker="tensorboard", resume=True)
+    assert_same_run(*finished, tmp_path, result)
+    assert_shows(tmp_path, result)
+    assert len(list(tmp_path.glob("logs/*/*"))) == len(before) + 1 == 3
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 
@@ -591,6 +643,17 @@ def test_misuse_exits_with_2_and_one_line(words, message, capsys, tmp_path):
     assert message in error
     assert error.startswith("scconv train: error: ")
     assert error.count("\n") == 1
+
+
+def test_without_tensorboard_one_line_says_how_to_get_it(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        main([*COMMAND.split(), "--tracker", "tensorboard", "--out", str(out)])
+    assert stop.value.code == 2
+    needs = "scconv train: error: tracker='tensorboard': needs tensorboard; pip install tensorboard\n"
+    assert capsys.readouterr().err == needs
+    assert not out.exists()
 
 
 def test_a_diverging_run_exits_with_3_and_one_line(capsys, tmp_path):

@@ -36,6 +36,7 @@ from scconv.training.recipes import build_optimizer, build_schedule, learning_ra
 from scconv.training.results import write_result
 from scconv.training.run import Run, prepare_run
 from scconv.training.stop import Stopped, Watch, answer_signals
+from scconv.training.tracker import tracked
 from scconv.workers import stop_signals_held_back
 
 
@@ -88,7 +89,8 @@ def train_and_write(run: Run, accelerator: Accelerator, watch: Watch, progress: 
         torch.cuda.reset_peak_memory_stats()
         torch.backends.cudnn.benchmark = True  # a handful of shapes, thousands of times each
 
-    Training(run, state, prepared, run.data.to(accelerator.device), accelerator, watch).fit(progress)
+    with tracked(run, accelerator, state.epoch):
+        Training(run, state, prepared, run.data.to(accelerator.device), accelerator, watch).fit(progress)
 
     result = {}
     if accelerator.is_main_process:
@@ -107,7 +109,8 @@ def build_accelerator(run: Run) -> Accelerator:
     AcceleratorState._reset_state()
     # dynamic=False: a compilation for each size of the training images and one for the test images, no open shapes.
     compiler = TorchDynamoPlugin(backend="inductor" if run.options.compile else "no", dynamic=False)
-    return Accelerator(mixed_precision=run.options.precision, dynamo_plugin=compiler)
+    track = {"log_with": run.options.tracker, "project_dir": run.out / "logs"}
+    return Accelerator(mixed_precision=run.options.precision, dynamo_plugin=compiler, **track)
 
 
 def build_state(run: Run, model: nn.Module, accelerator: Accelerator) -> RunState:
@@ -188,7 +191,7 @@ class Training:
         state.now.step += 1
 
     def end_epoch(self) -> None:
-        """Evaluate, add a line to the history, save."""
+        """Evaluate, add a line to the history, log it, save."""
         state, start = self.state, time.perf_counter()
         tested, state.right = evaluate_each(self.model, self.data, accelerator=self.accelerator)
         self.check_finite("test", tested["loss"], state.now.step)
@@ -199,6 +202,7 @@ class Training:
         row |= {"train_seconds": state.now.seconds, "seconds": state.now.seconds + time.perf_counter() - start}
         state.history.append(row)
         state.epoch, state.now = state.epoch + 1, None
+        self.accelerator.log({name: value for name, value in row.items() if name != "epoch"}, step=row["epoch"])
         if self.is_checkpoint_due():
             if self.accelerator.is_main_process:
                 save_checkpoint(state, self.run.checkpoint, self.run.identity())

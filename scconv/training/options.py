@@ -4,6 +4,7 @@
 
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from scconv.models import model_names
 from scconv.training.recipes import RECIPES, Recipe
 
 PRECISIONS = ("no", "bf16", "fp16")
+TRACKERS = ("tensorboard",)
 LARGEST_SEED = 2**63 - 1  # torch.manual_seed takes no larger one
 
 
@@ -55,6 +57,7 @@ class Options:
     checkpoint_minutes: float = option(
         "a checkpoint this often; without a GPU also after each epoch", metavar="MINUTES", default=10.0
     )
+    tracker: str | None = option("tensorboard: each epoch's numbers, below logs/ of out", metavar="NAME", default=None)
     overwrite: bool = option("replace a result of the same name", default=False)
     resume: bool = option("go on from the checkpoint, if there is one", default=False)
 
@@ -67,6 +70,10 @@ class Options:
         check_choice("precision", self.precision, PRECISIONS)
         if self.precision == "fp16" and not torch.accelerator.is_available():
             raise ValueError("precision='fp16': must be no or bf16 where there is no GPU")
+        if self.tracker is not None:
+            check_choice("tracker", self.tracker, TRACKERS)
+            if not find_spec("tensorboard"):
+                raise ValueError("tracker='tensorboard': needs tensorboard; pip install tensorboard")
         at_least_1 = ("epochs", "batch_size", "limit_train_batches", "threads", "time_budget")
         check_at_least(1, **{name: getattr(self, name) for name in at_least_1})
         check_at_least(0, **{name: getattr(self, name) for name in ("seed", "workers", "checkpoint_minutes")})
