@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -42,6 +43,20 @@ def threads() -> int:
     import torch
 
     return torch.get_num_threads()
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The wheel that `pip install .` would install, built as it is there but without network."""
+    root = Path(__file__).parent
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copytree(root / "scconv", folder / "scconv", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, folder)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*build, "--wheel-dir", folder / "wheels", folder], check=True)
+    (path,) = folder.glob("wheels/*.whl")
+    return path
 
 
 @pytest.fixture(autouse=True)

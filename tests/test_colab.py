@@ -1,4 +1,4 @@
-"""The repository's address, and the cell for Colab: it does nothing elsewhere, and with it a notebook runs on Colab.
+"""The repository's address, and the cell for Colab: with it a notebook runs on Colab, or says what it lacks.
 
 Colab is simulated: a kernel whose Python has everything that is installed here but this package, a `google.colab` that
 is imported before the first cell, as there, an empty working folder, and a repository to clone at a local address.
@@ -13,6 +13,8 @@ import sys
 import tomllib
 import types
 import venv
+import zipfile
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import nbformat
@@ -24,6 +26,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "book"))
 
 import colab  # noqa: E402
+
+ALONE = ("01", "02", "03")  # they run with an installed package; the others need results/ of the repository
 
 
 def read(path):
@@ -56,8 +60,8 @@ def calls(monkeypatch):
 def test_every_notebook_begins_with_the_cell(path):
     cells = code_cells(read(path))
     assert [colab.is_bootstrap(cell) for cell in cells] == [True] + [False] * (len(cells) - 1)
-    same = colab.ADDRESS.sub('REPOSITORY = ""', cells[0].source)
-    assert same == colab.CELL, f"{path.name}: write the cell anew with `python book/colab.py`"
+    expected = colab.fill_in(colab.read_address(read(path)), path.stem[:2] not in ALONE)
+    assert cells[0].source == expected, f"{path.name}: write the cell anew with `python book/colab.py`"
 
 
 def test_all_notebooks_have_one_address():
@@ -96,7 +100,14 @@ def test_one_command_writes_the_address_everywhere(checkout):
     assert "(https://some.github.io/name/)" in after["README.md"]
     name = "notebooks/01_quickstart.ipynb"
     assert f"(https://colab.research.google.com/github/Some/name/blob/main/{name})" in after["README.md"]
-    assert colab.read_address(read(checkout / name)) == "https://github.com/Some/name"
+    for path in checkout.glob("notebooks/*.ipynb"):
+        badge, title, *_ = cells = read(path).cells
+        assert colab.read_address(read(path)) == "https://github.com/Some/name"
+        link = f"(https://colab.research.google.com/github/Some/name/blob/main/notebooks/{path.name})"
+        assert badge.source.endswith(link)
+        assert badge.metadata.tags == ["remove-cell"], "a page of the book has no picture from elsewhere"
+        assert title.source.startswith("# ")
+        assert len(cells) == len(json.loads(before[path.name])["cells"]) + 1
     colab.write_address(checkout, "")
     assert contents(checkout) == before
 
@@ -106,6 +117,7 @@ def test_badges_are_for_github(checkout):
     readme = (checkout / "README.md").read_text("utf-8")
     assert "pip install git+https://git.example.org/group/sub/name\n" in readme
     assert ".svg)]" not in readme
+    assert not [path for path in checkout.glob("notebooks/*") if ".svg)]" in path.read_text("utf-8")]
 
 
 def test_without_an_address_no_place_has_one(checkout):
@@ -135,6 +147,22 @@ def test_does_nothing_elsewhere(here, calls):
     assert (calls, sys.path, list(here.iterdir())) == ([], path, [])
 
 
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("address", ["", "https://github.com/a/b"])
+def test_a_notebook_alone_says_how_to_get_the_package(here, calls, monkeypatch, address, folder):
+    """Also where there is a folder of the package's name, such as a clone."""
+    monkeypatch.setattr(sys, "path", [str(here)])
+    monkeypatch.setattr(sys, "meta_path", [PathFinder])  # not those of an editable installation
+    monkeypatch.delitem(sys.modules, "scconv", raising=False)
+    if folder:
+        (here / "scconv").mkdir()
+    with pytest.raises(ModuleNotFoundError) as error:
+        exec(colab.fill_in(address, True), {})
+    get = f'git clone {address or "https://github.com/OWNER/NAME"} scconv-book && pip install -e "scconv-book[book]"'
+    assert str(error.value) == f"this notebook needs scconv, and results/ of its repository: {get}"
+    assert calls == []
+
+
 def test_without_an_address_it_says_so(here, calls, monkeypatch):
     monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
     with pytest.raises(ValueError, match="REPOSITORY is empty: write there whose notebook this is"):
@@ -150,6 +178,42 @@ def test_installs_only_what_is_not_there(here, calls, monkeypatch, lacks):
     assert calls[0] == ["git", "clone", "--quiet", "--depth", "1", "https://github.com/a/b", "scconv-book"]
     assert [command[-len(lacks) :] for command in calls[1:]] == ([lacks] if lacks else [])
     assert sys.path[0] == str(here / "scconv-book")
+
+
+# ---- the package from a wheel --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(wheel, tmp_path):
+    """The environment of a process that has the wheel's package, and an empty working folder."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    (tmp_path / "empty").mkdir()
+    return {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}, tmp_path / "empty"
+
+
+@pytest.mark.slow
+def test_a_notebook_alone_runs_with_the_installed_package(installed):
+    environ, folder = installed
+    notebook = read(ROOT / "notebooks" / "01_quickstart.ipynb")
+    notebook.cells += [nbformat.v4.new_code_cell('import scconv\nprint("from", scconv.__file__)')]
+    client = NotebookClient(notebook, kernel_name="python3", timeout=300, resources={"metadata": {"path": str(folder)}})
+    client.execute(env=environ)
+    package = Path(environ["PYTHONPATH"]) / "scconv" / "__init__.py"
+    assert notebook.cells[-1].outputs[0].text == f"from {package}\n"
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", colab.NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_wheel_lacks_is_said_first(installed, path):
+    environ, folder = installed
+    first, *_ = code_cells(read(path))
+    done = subprocess.run([sys.executable, "-c", first.source], cwd=folder, env=environ, capture_output=True, text=True)
+    said = done.stderr.splitlines()[-1:]
+    assert [line.partition(": git")[0] for line in said] == (
+        []
+        if path.stem[:2] in ALONE
+        else ["ModuleNotFoundError: this notebook needs scconv, and results/ of its repository"]
+    )
 
 
 # ---- a simulated Colab ---------------------------------------------------------------------------------------------

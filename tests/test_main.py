@@ -1,7 +1,6 @@
 """`scconv` says what is here, and the package works from its wheel, away from this folder."""
 
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -58,19 +57,6 @@ def test_a_reader_who_stops_reading_is_no_error(command):
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 0
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel that `pip install .` would install, built as it is there but without network."""
-    folder = tmp_path_factory.mktemp("clone")
-    shutil.copytree(ROOT / "scconv", folder / "scconv", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*build, "--wheel-dir", folder / "wheels", folder], check=True)
-    (path,) = folder.glob("wheels/*.whl")
-    return path
 
 
 def test_wheel_holds_every_file_of_the_package(wheel):
