@@ -4,10 +4,10 @@
 
 import math
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from accelerate.utils import is_tensorboard_available
 
 from scconv.checks import check_at_least, check_at_most, check_choice
 from scconv.data import DATA_NAMES, ImageData
@@ -72,7 +72,7 @@ class Options:
             raise ValueError("precision='fp16': must be no or bf16 where there is no GPU")
         if self.tracker is not None:
             check_choice("tracker", self.tracker, TRACKERS)
-            if not find_spec("tensorboard"):
+            if not is_tensorboard_available():
                 raise ValueError("tracker='tensorboard': needs tensorboard; pip install tensorboard")
         at_least_1 = ("epochs", "batch_size", "limit_train_batches", "threads", "time_budget")
         check_at_least(1, **{name: getattr(self, name) for name in at_least_1})
