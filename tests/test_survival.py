@@ -71,6 +71,14 @@ def assert_same(out: Path, other: tuple[dict, Path]) -> None:
     assert not [*out.glob("*.pt"), *out.glob("*.lock")]
 
 
+@pytest.fixture(autouse=True)
+def hangups_are_heard():
+    """Also where pytest runs under nohup, which has SIGHUP ignored: what a test starts would inherit that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def start(out: Path, *words: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "scconv.train", *COMMAND.split(), *words, "--out", str(out)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
