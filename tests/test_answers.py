@@ -75,6 +75,7 @@ def test_a_claim_called_untested_fails_once_its_runs_are_there(results):
         verdicts(results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["resnet50", "densenet121"])
 def test_the_savings_are_those_of_the_networks_that_we_build(base):
     networks = [build_model(name, 10, small_images=True) for name in (base, f"scconv_{base}")]

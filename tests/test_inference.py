@@ -277,6 +277,7 @@ def convolutions_in(model: nn.Module) -> Counter:
     return Counter(list(node.meta["nn_module_stack"].values())[-1][1] for node in calls)
 
 
+@pytest.mark.slow
 def test_a_quantiser_finds_every_convolution():
     """It looks for calls inside an nn.Conv2d."""
     model = with_a_past(build_model("scconv_resnet20"))

@@ -36,6 +36,7 @@ def test_lists_networks_weights_and_commands(capsys):
     assert len(printed.splitlines()) < 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"info"}))
 def test_its_commands_are_there(command):
     words = [sys.executable, "-m", "scconv", command, "--help"]
@@ -48,6 +49,7 @@ def test_an_unknown_command_is_answered_in_one_line(capsys):
     assert capsys.readouterr().err == "scconv: nonsense: must be one of info, train, results\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["info", "results"])
 def test_a_reader_who_stops_reading_is_no_error(command):
     """As in `scconv info | head -1`; Python buffers what it prints, so the pipe breaks at the end."""
@@ -67,6 +69,7 @@ def test_wheel_holds_every_file_of_the_package(wheel):
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if not name.startswith("scconv")]
 
 
+@pytest.mark.slow
 def test_installed_package_loads_its_weights_elsewhere(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     script = """\

@@ -99,6 +99,7 @@ def test_the_small_stem_is_initialised_as_the_rest_of_its_network(name, fan):
     assert torch.cat(weights).std().item() == pytest.approx((2 / fan) ** 0.5, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "small"), [("resnet20", True), ("resnet50", True), ("densenet121", False)])
 @pytest.mark.parametrize(("kind", "within"), [("narrow", 0.03), ("grouped", 0.04), ("separable", 0.03)])
 def test_baselines_have_the_size_of_the_network_with_scconv(kind, within, base, small):

@@ -176,6 +176,7 @@ with contextlib.redirect_stderr(sys.stdout):
 """
 
 
+@pytest.mark.slow
 def test_results_of_an_installed_package_says_where_it_looked(tmp_path):
     """A copy without the rest of the repository, as from a wheel."""
     root = Path(__file__).parents[1]

@@ -150,6 +150,7 @@ def test_a_layer_that_was_compiled_on_its_own_has_its_plain_name_too(trained, tm
     assert_same_weights(build_model("scconv_resnet20", 100, weights=tmp_path / "weights.pt"), trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scconv_resnet20", "scconv_densenet121"])
 def test_a_new_head_is_fresh_and_all_else_is_loaded(name, tmp_path):
     path = tmp_path / "weights.safetensors"

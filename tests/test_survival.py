@@ -146,6 +146,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     assert_same(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_run_of_growing_images_ends_with_the_same_bits_wherever_it_was_stopped(tmp_path, monkeypatch):
     """Stopped within the second size and after it: 8, 12 and 16 pixels, an epoch each."""
     data = load_data("digits", image_size=16)

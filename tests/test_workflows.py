@@ -43,6 +43,7 @@ def test_the_lowest_versions_are_those_of_the_package(tmp_path):
     assert len(lowest) == 2
 
 
+@pytest.mark.slow
 def test_a_fork_learns_that_another_repository_is_written_in_it(tmp_path):
     step = next(step for step in steps("book") if "book/colab.py" in step.get("run", ""))
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*"))
