@@ -1,6 +1,8 @@
 """A network made ready for use computes what it computed before."""
 
 import copy
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -212,7 +214,6 @@ ASKED = {
     "by hessian": lambda f, x: torch.func.hessian(lambda x: f(x).sum())(x),
     "by vmap of grad": lambda f, x: torch.vmap(torch.func.grad(lambda image: f(image[None]).sum()))(x),
     "by grad of vmap": lambda f, x: torch.func.grad(lambda x: torch.vmap(lambda i: f(i[None]))(x).sum())(x),
-    "by a compiled grad": lambda f, x: torch.compile(torch.func.grad(lambda x: f(x).sum()), backend="eager")(x),
     "in a compiled network": lambda f, x: of_the_input(torch.compile(f, backend="aot_eager", fullgraph=True), x),
     "of a parameter in a compiled network": lambda f, x: of_a_parameter(torch.compile(f, backend="eager"), x),
 }
@@ -229,6 +230,23 @@ def test_a_gradient_through_it_is_refused(ask, hooked):
     torch.compiler.reset()
     with pytest.raises(RuntimeError, match=r"^FoldedSCConv: has no gradients, take them from the network before fuse"):
         ask(fused, x)
+
+
+COMPILED_GRAD = """
+import torch
+from scconv import SCConv
+from scconv.inference import fuse_for_inference
+fused = fuse_for_inference(torch.nn.Sequential(SCConv(8, 8), torch.nn.BatchNorm2d(8)).eval())
+torch.compile(torch.func.grad(lambda x: fused(x).sum()), backend="eager")(torch.randn(2, 8, 4, 4))
+"""
+
+
+@pytest.mark.slow
+def test_a_gradient_by_a_compiled_grad_is_refused():
+    """In a process of its own, since PyTorch goes on differentiating what a process computes after such an error."""
+    done = subprocess.run([sys.executable, "-c", COMPILED_GRAD], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "FoldedSCConv: has no gradients, take them from the network before fuse_for_inference" in done.stderr
 
 
 @pytest.mark.parametrize("compiler", [None, "eager", "aot_eager"])
