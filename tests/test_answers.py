@@ -54,6 +54,15 @@ def test_an_answer_that_the_numbers_contradict_fails(results, file, edit):
         show_answers(results)
 
 
+def test_a_second_seed_of_a_pair_needs_another_sentence(results):
+    for network in ("resnet20", "scconv_resnet20"):
+        first, second = (results / f"runs/cifar100-fast-epochs_15-{network}-seed{seed}.json" for seed in (0, 1))
+        shutil.copy(first, second)
+        change(second, lambda run: run.update(seed=1))
+    with pytest.raises(ValueError, match="rewrite it: one seed each"):
+        show_answers(results)
+
+
 def test_a_verdict_that_the_numbers_contradict_fails(results):
     verdicts(results)
     change(results / SCCONV, make_scconv_right)
