@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from scconv.layers import CRU, SRU, SCConv, WeightedGroupNorm
-from scconv.surgery import Surgery
+from scconv.surgery import Surgery, has_hooks
 
 GRAPHS = 256  # for all layers of a process. Dynamo stops at 8 a function by default; ResNet-50 alone needs 14.
 OLD = torch.__version__ < "2.14"
@@ -164,10 +164,8 @@ def reason_in_parts(units: dict, gwc: nn.Module, pointwise: dict[str, nn.Module]
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a hook waits for this module, or for any, to run. PyTorch has no public way to ask."""
-    names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    hooks = module.__dict__  # not the attributes, whose later changes Dynamo would not notice
-    return any(len(hooks[name]) > 0 for name in names) or bool(nn.modules.module._has_any_global_hook())
+    """Whether a hook waits for this module, or for any, to run."""
+    return has_hooks(module) or bool(nn.modules.module._has_any_global_hook())
 
 
 def is_ordinary(x: Tensor, layer: SCConv, tensors: list[Tensor | None]) -> bool:

@@ -154,11 +154,17 @@ def _convolutions(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Modu
             yield from _convolutions(child, f"{name}.")
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook waits for this very module to run. PyTorch has no public way to ask."""
+    names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    hooks = module.__dict__  # not the attributes, whose later changes Dynamo would not notice
+    return any(len(hooks[name]) > 0 for name in names)
+
+
 def _reason_to_leave(conv: nn.Conv2d) -> str | None:
     if type(conv) is not nn.Conv2d:
         return f"a {type(conv).__name__}, not a plain Conv2d"
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # not public in PyTorch
-    if "forward" in vars(conv) or any(getattr(conv, name) for name in hooks):
+    if "forward" in vars(conv) or has_hooks(conv):
         return "has a hook (pruning is one) or a forward of its own, which would be lost"
     if conv.kernel_size != (3, 3):
         return f"{conv.kernel_size[0]}×{conv.kernel_size[1]}, not 3×3"
