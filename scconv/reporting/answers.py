@@ -46,6 +46,8 @@ def reduction(base: str, of: str, key: str, folder: Path = RESULTS) -> float:
 def relative_times(dtype: str, folder: Path = RESULTS, device: str = "cpu") -> dict | None:
     """SCConv-ResNet-50's time by (form, direction), as a share of the 3×3 network's in the same form.
 
+    `dtype` is "float32", "bfloat16" (a processor with matrix units) or "bfloat16-avx512" (one with vector units alone).
+
     "compiled" holds two compiled networks against each other, "written" two that are not.
     None where the benchmark was not run.
     """
@@ -104,12 +106,13 @@ def answer_faster(folder: Path = RESULTS) -> str:
     inference, training = (single["compiled", way] for way in ("inference", "training"))
     bears_out(max(inference, training) < 0.9, "On a processor, once compiled: faster")
     bears_out(min(single["written", way] for way in ("inference", "training")) > 0.9, "not otherwise: hardly faster")
-    bears_out(all(0.9 < half["compiled", way] < 1.1 for way in ("inference", "training")), "hardly in bfloat16")
+    bears_out(all(0.9 < half["compiled", way] < 1.1 for way in ("inference", "training")), "hardly on matrix units")
     gpu = relative_times("bfloat16", folder, "cuda")
     bears_out(gpu is None or min(gpu.values()) > 0.9, "on a processor: a GPU gains next to nothing")
     return (
         f"**On a processor, once compiled.** Then it takes {inference:.2f} of ResNet-50's time in inference and "
-        f"{training:.2f} in training (float32). Without a compiler, or in bfloat16, it gains next to nothing. "
+        f"{training:.2f} in training (float32). It gains next to nothing without a compiler, or in bfloat16 on a "
+        "processor with matrix units. "
         f"{describe_gpu(gpu)} "
         "([measured](#report-performance))"
     )
