@@ -1,4 +1,4 @@
-"""The command `scconv`, or `python -m scconv`: `info` says what is here, `train` trains, `results` prints tables."""
+"""The command `scconv`, or `python -m scconv`: `info`, `train`, `results` and `inside`, as COMMANDS explains them."""
 
 import codecs
 import io
@@ -12,6 +12,7 @@ COMMANDS = {
     "info": "the networks and the trained weights",
     "train": "train a network and write its result; --help lists the options",
     "results": "tables of the results in results/runs; --help lists the options",
+    "inside": "what trained networks do inside, into results/inside; --help lists the options",
 }
 
 
@@ -72,6 +73,10 @@ def run(command: str, rest: list[str]) -> int:
         from scconv.reporting.tables import main as results
 
         return results(rest)
+    if command == "inside":
+        from scconv.training.inside import main as inside
+
+        return inside(rest)
     if command in ("info", "-h", "--help") and not rest:
         return info()
     print(f"scconv: {' '.join([command, *rest])}: must be one of {', '.join(COMMANDS)}", file=sys.stderr)

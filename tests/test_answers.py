@@ -9,9 +9,11 @@ from scconv.complexity import count_macs, count_params
 from scconv.files import checksum
 from scconv.models import build_model
 from scconv.reporting.answers import compare_pairs, draw_answers, reduction, show_answers
+from scconv.reporting.equal_size import answer_equal_size, is_baseline, tabulate_equal_size
 from scconv.reporting.recorded import RESULTS
 from scconv.reporting.tables import in_markdown, read_runs
 from scconv.reporting.verdicts import verdicts
+from scconv.training.results import read_run
 
 SCCONV = "runs/cifar100-fast-epochs_15-scconv_resnet20-seed0.json"
 SPEED = "benchmark/network-cpu-float32.json"
@@ -114,3 +116,45 @@ def test_a_table_in_markdown_has_its_numbers_to_the_right():
     assert (head.count("|"), rule) == (7, "| --- | --- | --- | --- | --: | --- |")
     assert len(rows) == len(verdicts())
     assert "not run yet" not in "".join(rows)  # only with spaces that do not break
+
+
+# ---- equal size ----
+
+
+def like_scconv(network, seed=0, top1=0.46):
+    run = read_run(RESULTS / SCCONV)
+    return {**run, "model": network, "seed": seed, "test": {**run["test"], "top1": top1}}
+
+
+@pytest.mark.parametrize("network", ["narrow_resnet20", "separable_resnet50"])
+def test_who_wins_at_equal_size_must_be_written_once_a_baseline_has_run(results, network):
+    runs = [run for run in read_runs() if not is_baseline(run["model"])]
+    assert "not run yet" in answer_equal_size(runs)
+    message = f"rewrite it: No baseline of equal size has run yet, but {network} has"
+    with pytest.raises(ValueError, match=message):
+        answer_equal_size([*runs, like_scconv(network)])
+    shutil.copy(results / SCCONV, results / "runs/baseline.json")
+    change(results / "runs/baseline.json", lambda run: run.update(model=network))
+    with pytest.raises(ValueError, match=message):
+        verdicts(results)
+
+
+def test_the_table_of_equal_size():
+    ours = read_run(RESULTS / SCCONV)
+    others = [("narrow", 0, 0.46), ("narrow", 1, 0.48), ("grouped", 3, 0.3)]
+    table = tabulate_equal_size([ours, *(like_scconv(f"{kind}_resnet20", *how) for kind, *how in others)])
+    table = table.set_index("network")
+    assert table.loc["SCConv-ResNet-20"].tolist() == [
+        f"{ours['params']:,} (+0.0%)",
+        f"{ours['macs'] / 1e6:.2f} (+0.0%)",
+        f"{ours['test']['top1']:.2%}",
+        *("1", "–", "–"),
+    ]
+    narrow = table.loc["Narrow ResNet-20"]
+    assert (narrow["top-1"], narrow["n"], narrow["spread"]) == ("47.00%", "2", "46.00% to 48.00%")
+    difference, _, interval = narrow.iloc[-1].partition(" ")  # of seed 0 alone, the only one of SCConv
+    assert difference == f"{100 * (0.46 - ours['test']['top1']):+.1f}"
+    assert (interval.count("to"), ";" in interval) == (1, False)
+    assert table.loc["Grouped ResNet-20"].tolist()[2:] == ["30.00%", "1", "–", "–"]  # no seed in common
+    assert table.loc["Separable ResNet-20"].tolist()[2:] == ["not run yet", "0", "–", "–"]
+    assert all(abs(float(text.partition("(")[2].rstrip("%)"))) < 4 for text in table["parameters"])

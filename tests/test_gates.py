@@ -111,9 +111,17 @@ def test_batches_of_unequal_size_count_by_their_images():
     assert_close(split["zeros_non_informative"][0], 0.6 * each[0] + 0.4 * each[1])
 
 
+def test_without_crus_there_are_gates_and_no_branches():
+    model, x = two_layers(order="sru"), randn(5, 8, 6, 6).relu()
+    found, shares = gates_by_layer(model, x)
+    assert found.keys() == {"informative", "distance", "zeros_informative", "zeros_non_informative"}
+    assert_close(found["informative"][0], gate_statistics(model[0].sru, x)["informative"].mean().item())
+    assert shares.shape == (5, 2)
+
+
 @pytest.mark.parametrize("model", [nn.Conv2d(8, 8, 3), nn.Sequential(SCConv(8, 8, order="cru"))])
-def test_a_network_without_both_units_is_refused(model):
-    with pytest.raises(ValueError, match="model: must have SCConv layers, each with an SRU and a CRU"):
+def test_a_network_without_an_sru_is_refused(model):
+    with pytest.raises(ValueError, match="model: must have SCConv layers, each with an SRU"):
         gates_by_layer(model, randn(1, 8, 6, 6))
 
 

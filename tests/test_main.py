@@ -46,7 +46,7 @@ def test_its_commands_are_there(command):
 
 def test_an_unknown_command_is_answered_in_one_line(capsys):
     assert main(["nonsense"]) == 2
-    assert capsys.readouterr().err == "scconv: nonsense: must be one of info, train, results\n"
+    assert capsys.readouterr().err == "scconv: nonsense: must be one of info, train, results, inside\n"
 
 
 @pytest.mark.slow

@@ -132,16 +132,14 @@ def test_accuracy_against_parameters_has_a_panel_for_each_experiment_with_two_ne
     row = {"data": "CIFAR-100", "recipe": "fast", "epochs": 15, "setting": "", "n": 1}
 
     def table(*networks):
-        rows = [
-            {**row, "network": n, "params": p, "top1": t, "least": t, "most": t, **more} for n, p, t, more in networks
-        ]
+        rows = [{**row, "network": n, "params": p, "top1": t, "each": [t], **more} for n, p, t, more in networks]
         return pd.DataFrame(rows)
 
     alone, gap = ("resnet56", 8e5, 0.7, {"recipe": "paper"}), ("resnet50", None, None, {"recipe": "paper"})
-    pair = [("resnet20", 3e6, 0.6, {}), ("scconv_resnet20", 1e6, 0.4, {})]
+    pair = [("resnet20", 3e6, 0.6, {"each": [0.55, 0.65]}), ("scconv_resnet20", 1e6, 0.4, {})]
     (ax,) = draw_accuracy_against_parameters(table(*pair, alone, gap)).axes
     points = {tuple(xy) for line in ax.lines for xy in line.get_xydata().round(9).tolist()}
-    assert points == {(3, 60), (1, 40)}
+    assert points == {(3, 55), (3, 65), (3, 60), (1, 40)}  # two runs; the dots join the medians
     assert {text.get_text() for text in ax.texts} == {"ResNet-20", "SCConv-ResNet-20"}
     with pytest.raises(ValueError, match="no experiment with two networks that ran"):
         draw_accuracy_against_parameters(table(alone, gap))
@@ -151,7 +149,7 @@ def test_labels_of_networks_with_the_same_accuracy_do_not_overlap():
     rows = [(n, 1e6 + i, 0.5 + i / 1000) for i, n in enumerate(["resnet20", "sru_resnet20", "narrow_resnet20"])]
     rows.append(("cru_resnet20", 1e5, 0.1))
     same = {"data": "CIFAR-100", "recipe": "fast", "epochs": 15, "setting": "", "n": 1}
-    table = pd.DataFrame([{**same, "network": n, "params": p, "top1": t, "least": t, "most": t} for n, p, t in rows])
+    table = pd.DataFrame([{**same, "network": n, "params": p, "top1": t, "each": [t]} for n, p, t in rows])
     fig = draw_accuracy_against_parameters(table)
     fig.canvas.draw()
     boxes = sorted((text.get_window_extent() for text in fig.axes[0].texts), key=lambda box: box.y0)

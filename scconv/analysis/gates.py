@@ -43,28 +43,32 @@ def gates_by_layer(model: nn.Module, images: Tensor, batch_size: int = 125) -> t
     Returns a dict of lists with one number for each layer, in the order of `named_modules`, and each image's share of
     informative positions, (N, L). Of `gate_statistics` the dict has `informative`, `distance`, `zeros_informative` and
     `zeros_non_informative`, batches weighted by their size. Of β1, averaged over the images, it has the mean over the
-    channels, `beta1`, and the 10 % and 90 % quantiles, `beta1_low` and `beta1_high`.
+    channels, `beta1`, and the 10 % and 90 % quantiles, `beta1_low` and `beta1_high`; without CRUs it has none of these.
 
-    Raises ValueError if the network has no SCConv, or one without an SRU or without a CRU.
+    Raises ValueError if the network has no SCConv, or one without an SRU.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SCConv)}
-    if not layers or not all(hasattr(layer, "sru") and hasattr(layer, "cru") for layer in layers.values()):
-        raise ValueError("model: must have SCConv layers, each with an SRU and a CRU")
+    if not layers or not all(hasattr(layer, "sru") for layer in layers.values()):
+        raise ValueError("model: must have SCConv layers, each with an SRU")
+    units = [f"{name}.{unit}" for name, layer in layers.items() for unit in ("sru", "cru") if hasattr(layer, unit)]
     keys = "distance", "zeros_informative", "zeros_non_informative"
     sums, shares, betas = defaultdict(float), [], defaultdict(list)
     for x in images.split(batch_size):
-        with capture(model, [f"{name}.{unit}" for name in layers for unit in ("sru", "cru")], of="input") as inputs:
+        with capture(model, units, of="input") as inputs:
             model(x)
         for name, layer in layers.items():
             gate = gate_statistics(layer.sru, inputs[f"{name}.sru"])
             for key in keys:
                 sums[key, name] += gate[key] * len(x) / len(images)
-            betas[name].append(fusion_statistics(layer.cru, inputs[f"{name}.cru"]))
+            if hasattr(layer, "cru"):
+                betas[name].append(fusion_statistics(layer.cru, inputs[f"{name}.cru"]))
         weights = [layer.sru.gate_weights(inputs[f"{name}.sru"])[0] for name, layer in layers.items()]
         shares.append(torch.stack([(w1 == 1).double().mean((1, 2, 3)) for w1 in weights], dim=1))
-    shares, means = torch.cat(shares), [torch.cat(betas[name]).mean(0) for name in layers]  # (N, L), L × (C2,)
-    found = {"informative": shares.mean(0).tolist(), "beta1": [m.mean().item() for m in means]}
-    found |= {f"beta1_{end}": [m.quantile(q).item() for m in means] for end, q in (("low", 0.1), ("high", 0.9))}
+    shares, means = torch.cat(shares), [torch.cat(beta).mean(0) for beta in betas.values()]  # (N, L), L × (C2,)
+    found = {"informative": shares.mean(0).tolist()}
+    if means:
+        found["beta1"] = [m.mean().item() for m in means]
+        found |= {f"beta1_{end}": [m.quantile(q).item() for m in means] for end, q in (("low", 0.1), ("high", 0.9))}
     return found | {key: [sums[key, name] for name in layers] for key in keys}, shares
 
 

@@ -75,8 +75,8 @@ def draw_ablation(runs: list[dict], base: str = "resnet20", recipe: str = "fast"
 def draw_accuracy_against_parameters(table: pd.DataFrame) -> Figure:
     """Test top-1 (%) against millions of parameters, from rows of `tables.tabulate`; a panel for each data and recipe.
 
-    A point is the median over seeds, its bar reaches from the least to the most. A line joins a network and its SCConv
-    version. Rows without a run, and experiments with a single network, are left out.
+    Each run is a point. A line joins the runs of one network, dots join a network and its SCConv version. Rows without
+    a run, and experiments with a single network, are left out.
 
     Raises:
         ValueError: nothing is left.
@@ -91,8 +91,8 @@ def draw_accuracy_against_parameters(table: pd.DataFrame) -> Figure:
         lowest = {"left": -np.inf, "right": -np.inf}
         for network, row in rows.iterrows():
             millions, top1, colour = row["params"] / 1e6, 100 * row["top1"], colour_of(network)
-            spread = [[top1 - 100 * row["least"]], [100 * row["most"] - top1]]
-            ax.errorbar(millions, top1, yerr=spread, marker="o", markersize=9, color=colour, capsize=4)
+            each = [100 * run for run in row["each"]]
+            ax.plot([millions] * len(each), each, "o-", markersize=9, color=colour)
             side, shift = ("right", -9) if row["params"] > largest / 2 else ("left", 9)
             level = max(top1, lowest[side] + apart)
             lowest[side] = level
@@ -104,6 +104,21 @@ def draw_accuracy_against_parameters(table: pd.DataFrame) -> Figure:
         ax.set_title(f"{row['data']}\n{describe_recipe(row)}")
         ax.set(ylabel="test top-1 (%)", xlabel="parameters (millions)", xlim=(0, 1.08 * largest / 1e6))
         ax.margins(y=0.12)
+    return fig
+
+
+def draw_accuracy_against_redundancy(table: pd.DataFrame) -> Figure:
+    """Test top-1 (%) against the mean correlation of channels, from `inside.tabulate_inside`: a point each network."""
+    fig, ax = plt.subplots(figsize=(6.5, 4.3))
+    seen = table.dropna(subset=["correlation"])
+    for row in seen.itertuples():
+        point = row.correlation, 100 * row.top1
+        ax.plot(*point, "o", markersize=9, color=colour_of(row.network))
+        left = row.correlation > (seen["correlation"].min() + seen["correlation"].max()) / 2
+        ax.annotate(f"{display_name(row.network)}, seed {row.seed:.0f}", point, (-9 if left else 9, 0),
+                    textcoords="offset points", ha="right" if left else "left", va="center")  # fmt: skip
+    ax.set(xlabel="mean |correlation| of channels", ylabel="test top-1 (%)")
+    ax.margins(0.12)
     return fig
 
 

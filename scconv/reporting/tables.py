@@ -111,7 +111,7 @@ def describe_setting(run: dict) -> str:
 
 
 def tabulate(runs: list[dict], expected: tuple[tuple[str, str, str], ...] = EXPECTED) -> pd.DataFrame:
-    """One row an experiment: n seeds, accuracy (median, least, most), size, speed; gaps where `expected` has no run."""
+    """One row an experiment: n, accuracy (median, least, most, each), size, speed; gaps where `expected` has no run."""
     rows = [
         {
             **describe(run),
@@ -124,7 +124,7 @@ def tabulate(runs: list[dict], expected: tuple[tuple[str, str, str], ...] = EXPE
     ]
     values = ["top1", "top5", "params", "macs", "images_per_second", "seconds", "peak_memory_mib"]
     groups = pd.DataFrame(rows, columns=[*KEYS, "seed", *values]).groupby(KEYS, sort=False)
-    spread = groups["top1"].agg(least="min", most="max")
+    spread = groups["top1"].agg(least="min", most="max", each=list)
     table = spread.join(groups["seed"].nunique().rename("n")).join(groups[values].median()).reset_index()
     there = set(zip(table["data"], table["recipe"], table["network"], strict=True))
     gaps = [dict(zip(("data", "recipe", "network"), row, strict=True)) for row in expected if row not in there]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from scconv.reporting.answers import answer_redundant, bears_out, listed, read, reduction, redundancy
+from scconv.reporting.equal_size import answer_equal_size
 from scconv.reporting.recorded import RESULTS
 from scconv.reporting.tables import find_experiment, read_runs, tabulate
 
@@ -18,7 +19,8 @@ SMALL = {"recipe": "fast", "epochs": 15, "setting": ""}
 
 def verdicts(folder: Path = RESULTS) -> pd.DataFrame:
     """A row for each claim: the paper's number, ours, its n (seeds) and setting, and the verdict. All text."""
-    table = tabulate(read_runs(folder / "runs"))
+    runs = read_runs(folder / "runs")
+    table = tabulate(runs)
     claims = [
         judge_size("fewer parameters", "params", folder),
         judge_size("fewer multiply-accumulates", "macs", folder),
@@ -32,6 +34,7 @@ def verdicts(folder: Path = RESULTS) -> pd.DataFrame:
         ["accuracy rises with α", _alphas(folder), "not run yet", "0", "ResNet-50, CIFAR-100", NOT_TESTED],
         ["better on ImageNet", _imagenet(folder), "not run yet", "0", "ResNet-50, ImageNet", NOT_TESTED],
         judge_redundancy(folder),
+        judge_equal_size(runs),
     ]
     table = pd.DataFrame(claims, columns=["claim", "paper", "ours", "n", "our setting", "verdict"])
     return table[["claim", "verdict", "paper", "ours", "n", "our setting"]]  # on a phone the first columns show
@@ -86,6 +89,13 @@ def judge_redundancy(folder: Path) -> list[str]:
     found = f"correlation {listed(plain)} → {listed(ours)}"
     n = f"{len(plain)}, {len(ours)}"
     return ["less redundant features", "pictures (figure 5)", found, n, "ResNet-20, 15 epochs", NOT_REPRODUCED]
+
+
+def judge_equal_size(runs: list[dict]) -> list[str]:
+    """Not a claim of the paper, which compares with no network of equal size."""
+    answer_equal_size(runs)  # raises where a baseline was run
+    claim = "SCConv is better than a smaller network"
+    return [claim, "not compared", "not run yet", "0", "ResNet-20, 15 epochs", NOT_TESTED]
 
 
 # ---- what the paper says where we ran nothing ----------------------------------------------------------------------

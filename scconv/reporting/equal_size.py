@@ -1,0 +1,71 @@
+"""Is SCConv better than a network that is as small without it? `scconv.models` has three such baselines.
+
+They are compared with SCConv-ResNet-20, all after 15 epochs of CIFAR-100 with the recipe `fast`.
+"""
+
+import pandas as pd
+import torch
+
+from scconv.complexity import count_macs, count_params
+from scconv.models import EQUAL_SIZE, build_model
+from scconv.reporting.answers import bears_out
+from scconv.reporting.tables import describe, display_name
+from scconv.training.paired import Comparison, compare_runs
+
+OURS = "scconv_resnet20"
+BASELINES = tuple(f"{kind}_resnet20" for kind in EQUAL_SIZE)
+HOW = {"data": "CIFAR-100", "recipe": "fast", "epochs": 15, "setting": ""}
+
+
+def is_baseline(network: str) -> bool:
+    return network.partition("_")[0] in EQUAL_SIZE
+
+
+def runs_by_seed(runs: list[dict], network: str) -> dict[int, dict]:
+    wanted = {**HOW, "network": network}
+    return {run["seed"]: run for run in runs if describe(run) == wanted}
+
+
+def compare_equal_size(runs: list[dict], network: str) -> dict[int, Comparison]:
+    """The network's top-1 less SCConv-ResNet-20's, for each seed that both ran with."""
+    ours, theirs = runs_by_seed(runs, OURS), runs_by_seed(runs, network)
+    return {seed: compare_runs(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())}
+
+
+def tabulate_equal_size(runs: list[dict]) -> pd.DataFrame:
+    """SCConv-ResNet-20 and the baselines as the report prints them, all text; sizes are counted from `build_model`."""
+    with torch.device("meta"):
+        models = {network: build_model(network, num_classes=100) for network in (OURS, *BASELINES)}
+    params = {network: count_params(model) for network, model in models.items()}
+    macs = {network: count_macs(model) for network, model in models.items()}
+    rows = []
+    for network in models:
+        top1 = [100 * run["test"]["top1"] for run in runs_by_seed(runs, network).values()]
+        pairs = compare_equal_size(runs, network) if network != OURS else {}
+        rows.append(
+            {
+                "network": display_name(network),
+                "parameters": f"{params[network]:,} ({params[network] / params[OURS] - 1:+.1%})",
+                "MACs (M)": f"{macs[network] / 1e6:.2f} ({macs[network] / macs[OURS] - 1:+.1%})",
+                "top-1": f"{sum(top1) / len(top1):.2f}%" if top1 else "not run yet",
+                "n": str(len(top1)),
+                "spread": f"{min(top1):.2f}% to {max(top1):.2f}%" if len(top1) > 1 else "–",
+                "points more than SCConv, seed by seed": "; ".join(
+                    f"{100 * pair.difference:+.1f} ({100 * pair.low:+.1f} to {100 * pair.high:+.1f})"
+                    for pair in pairs.values()
+                )
+                or "–",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def answer_equal_size(runs: list[dict]) -> str:
+    """Who wins at equal size? Written by hand; `bears_out` asks for a new sentence as soon as a baseline has run."""
+    there = sorted({run["model"] for run in runs if is_baseline(run["model"])})
+    also = "the report's Results, Threats and Conclusion, chapter 6, the slides and Use it say the same"
+    bears_out(not there, f"No baseline of equal size has run yet, but {', '.join(there)} has ({also})")
+    return (
+        "**Which network wins at equal size is not run yet.** None of the three baselines has been trained, so nothing "
+        "here says that SCConv is a better way to become small than fewer channels, groups or depthwise convolutions."
+    )

@@ -1,0 +1,78 @@
+"""The networks that `scconv inside` looked into, `results/inside`, as tables for chapters 5 and 7 and the report."""
+
+from pathlib import Path
+from statistics import mean
+
+import pandas as pd
+from scipy.stats import spearmanr
+
+from scconv.reporting.answers import bears_out
+from scconv.reporting.recorded import RESULTS
+from scconv.reporting.tables import describe, display_name
+from scconv.training.inside import read_inside
+
+# Rows that a table has with or without a file.
+EXPECTED = ("sru_resnet20", "resnet50", "scconv_resnet50", "densenet121", "scconv_densenet121")
+REMOVED = ("non_informative_itself", "non_informative_smallest", "non_informative_nonzero", "informative_itself")
+
+
+def read_all(folder: Path = RESULTS / "inside") -> list[tuple[dict, dict]]:
+    """What was found in each network, and the run that it is of."""
+    return [read_inside(path) for path in sorted(folder.glob("*.json"))]
+
+
+def tabulate_inside(found: list[tuple[dict, dict]]) -> pd.DataFrame:
+    """One row a network, each number a mean over its layers; gaps for EXPECTED networks that nobody looked into."""
+    rows = [
+        {"network": describe(run)["network"], "top1": run["test"]["top1"], **summarise(inside)} for inside, run in found
+    ]
+    there = {row["network"] for row in rows}
+    gaps = [{"network": network, "correlation": float("nan")} for network in EXPECTED if network not in there]
+    return pd.DataFrame([*rows, *gaps])
+
+
+def summarise(inside: dict) -> dict:
+    """The numbers that tables show; those on gates, γ and the ablation where there are SRUs."""
+    conv = inside["redundancy"]["conv"]
+    numbers = {"seed": inside["seed"], "layers": len(inside["convolutions"]), "images": inside["images"]["redundancy"]}
+    numbers |= {kind: mean(row[0] for row in conv[kind]) for kind in ("correlation", "cosine", "rank")}
+    if "gates" not in inside:
+        return numbers
+    gates, gamma, ablation = inside["gates"], inside["gamma"], inside["ablation"]
+    numbers |= {key: mean(gates[key]) for key in ("informative", "zeros_non_informative", "beta1") if key in gates}
+    numbers |= {
+        "gamma": mean(gamma["mean"]) / gamma["decay_alone"],
+        "gamma_least": min(gamma["least"]) / gamma["decay_alone"],
+        "gamma_most": max(gamma["most"]) / gamma["decay_alone"],
+        "beta": max(map(abs, [*inside["beta"]["least"], *inside["beta"]["most"]])),
+        "accuracy": ablation["accuracy"],
+    }
+    return numbers | {part: ablation[part]["accuracy"] for part in REMOVED}
+
+
+def show_inside(table: pd.DataFrame, columns: dict[str, tuple[str, str]]) -> pd.DataFrame:
+    """`columns` of the table as text, by their titles and formats: "not run yet" in a gap, "–" where there is none."""
+    rows = []
+    for row in table.to_dict("records"):
+        ran = pd.notna(row["correlation"])
+        shown = {"network": display_name(row["network"]), "seed": f"{row['seed']:.0f}" if ran else "–"}
+        for place, (key, (title, spec)) in enumerate(columns.items()):
+            value = row.get(key)  # None where no network has it
+            missing = "–" if ran or place else "not run yet"
+            shown[title] = missing if pd.isna(value) else format(value, spec)
+        rows.append(shown)
+    return pd.DataFrame(rows)
+
+
+def answer_redundancy_and_accuracy(table: pd.DataFrame) -> str:
+    """Does less redundancy go with more accuracy? Written by hand for three networks."""
+    seen = table.dropna(subset=["correlation"])
+    bears_out(len(seen) == 3, f"three points say nothing yet, but there are {len(seen)} networks")
+    apart = seen.loc[seen["correlation"].idxmax(), "network"]
+    bears_out(apart == "scconv_resnet20", f"the one that lies apart is SCConv-ResNet-20, and not {apart}")
+    rho = spearmanr(seen["correlation"], seen["top1"]).statistic
+    return (
+        f"Spearman's rank correlation of the two is {rho:+.1f}, with n = {len(seen)} networks. **That says nothing "
+        "yet.** Chance alone puts three points into perfect order one time in three, and the point that lies apart is "
+        "the network with SCConv, which is also the smallest."
+    )

@@ -1,0 +1,181 @@
+"""What happens inside a trained network, recorded: redundancy, gates, γ and β, and the ablation of chapters 5 and 7.
+
+`scconv inside RUN.json …` looks into the network of each result file, with test images of the run's own set, and writes
+`inside/NAME.json` beside the folder of the result files. Pages read these files, so that they can show networks that
+are too large to run there. Captum's maps are left out: each needs a second network to be compared with.
+"""
+
+import copy
+import json
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from scconv.analysis.ablation import ablation_study
+from scconv.analysis.gates import gates_by_layer
+from scconv.analysis.networks import measure_network
+from scconv.checks import OneLineParser, check_at_least, check_at_most, not_empty
+from scconv.data import ImageData, Photographs, load_data, normalise, pick_test_images
+from scconv.files import atomic_file, checksum, expand
+from scconv.layers import SRU, SCConv
+from scconv.training.provenance import device_name, find_commit, find_tree
+from scconv.training.recipes import Recipe, build_optimizer, build_schedule
+from scconv.training.results import load_trained, read_run
+
+FORMAT = 1
+IMAGES = {"redundancy": 400, "gates": 500}  # as many, and the same ones, as chapters 5 and 7 take
+BATCH = 10  # images; of a layer with 2048 channels, each has 4 million pairs
+
+
+def find_layers(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Names in a network of `build_model`: of its 3×3 convolutions, and of the blocks that hold them.
+
+    What replaced a convolution counts as one: an SCConv, or a pair of layers. The stem does not count.
+    """
+    convolutions = list(dict.fromkeys(_convolutions(model)))
+    return convolutions, list(dict.fromkeys(name.rpartition(".")[0] for name in convolutions))
+
+
+def _convolutions(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    for name, child in module.named_children():
+        is_conv = isinstance(child, nn.Conv2d) and child.kernel_size == (3, 3) and child.in_channels > 3
+        if is_conv or isinstance(child, SCConv):
+            yield prefix.removesuffix(".") if type(module) is nn.Sequential else prefix + name  # of a pair, the pair
+        else:
+            yield from _convolutions(child, f"{prefix}{name}.")
+
+
+def look_inside(model: nn.Module, data: ImageData, images: dict[str, int], device: str = "cpu") -> dict:
+    """All measurements of a network in eval mode, with as many of the set's test images as `images` says.
+
+    Returns the names of the `convolutions` and `blocks`; `redundancy`, see `measure_network`, in float64; and where
+    there are SRUs, in float32, `gates` of `gates_by_layer`, `gamma` and `beta` of each SRU's group norm, and what
+    `ablation_study` found.
+    """
+    convolutions, blocks = find_layers(model)
+
+    def load(n: int, dtype: torch.dtype):
+        pixels, labels = pick_test_images(data, n)
+        mean, std = (torch.tensor(values, dtype=dtype) for values in (data.mean, data.std))
+        return normalise(pixels, mean, std).to(device), labels.to(device)
+
+    model, (x, _) = copy.deepcopy(model).to(device, torch.float64), load(images["redundancy"], torch.float64)
+    redundancy, _ = measure_network(model, x, convolutions, blocks, batch_size=BATCH)
+    redundancy.pop("gate", None)  # `gates` has them
+    found = {"convolutions": convolutions, "blocks": blocks, "redundancy": redundancy}
+    norms = [module.gn for module in model.modules() if isinstance(module, SRU)]
+    if not norms:
+        return found
+    model, (x, labels) = model.float(), load(images["gates"], torch.float32)
+    found["gates"], _ = gates_by_layer(model, x)
+    for key, parameter in (("gamma", "weight"), ("beta", "bias")):
+        values = [getattr(norm, parameter) for norm in norms]
+        found[key] = {end: [getattr(v, of)().item() for v in values]
+                      for end, of in (("mean", "mean"), ("least", "min"), ("most", "max"))}  # fmt: skip
+    return {**found, "ablation": ablation_study(model, x, labels)}
+
+
+def decay_alone(run: dict) -> float:
+    """What the weight decay of that run leaves of a γ of 1 that never gets a gradient."""
+    recipe, norm = Recipe(**run["recipe"]), nn.GroupNorm(1, 1)
+    norm.weight.grad = torch.zeros(1)
+    steps_per_epoch = run["data"]["train_images"] // recipe.batch_size
+    steps_per_epoch = min(steps_per_epoch, run["limit_train_batches"] or steps_per_epoch)
+    optimizer = build_optimizer(norm, recipe)
+    schedule = build_schedule(optimizer, recipe, steps_per_epoch)
+    for _ in range(recipe.epochs * steps_per_epoch):
+        optimizer.step()
+        schedule.step()
+    return norm.weight.item()
+
+
+def record_inside(
+    path: str | Path,
+    images: int | None = None,
+    device: str = "cpu",
+    data_root: str | Path | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Look into the network of a result file and write what was found; returns the file's path.
+
+    `images` replaces each of IMAGES. Raises ValueError, in one line, where the result file, its weights or the set
+    cannot be read, the set has fewer images, or the file is there already.
+    """
+    path = expand(path)
+    run, target = read_run(path), inside_path(path)
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target}: is there already; --overwrite replaces it")
+    counts = dict.fromkeys(IMAGES, images) if images else IMAGES
+    model = load_trained(path).requires_grad_(False)
+    data = load_data(run["data"]["name"], root=data_root, image_size=run["data"]["image_size"])
+    if isinstance(data.test, Photographs):
+        raise ValueError(f"{path}: of {data.name}; must be of a set that fits into memory, digits or cifar100")
+    check_at_most(data.num_test, images=max(counts.values()))
+    found = look_inside(model, data, counts, device)
+    if "gamma" in found:
+        found["gamma"]["decay_alone"] = decay_alone(run)
+    content = {
+        "format": FORMAT,
+        "run": run["name"],
+        "run_sha256": run["sha256"],
+        "model": run["model"],
+        "model_options": run["model_options"],
+        "seed": run["seed"],
+        "images": {"set": data.name, **counts},
+        **found,
+        "versions": {"torch": torch.__version__},
+        "device": {"kind": device, "name": device_name(torch.device(device))},
+        "commit": find_commit(),
+        "tree": find_tree(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    content["sha256"] = checksum(content)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(target) as file:
+        file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+    return target
+
+
+def inside_path(run_path: Path) -> Path:
+    return run_path.resolve().parents[1] / "inside" / run_path.name
+
+
+def read_inside(path: Path) -> tuple[dict, dict]:
+    """What `record_inside` wrote, and the run that it is of, from `runs/` beside its folder.
+
+    Raises:
+        ValueError: one of the two files is not whole, or they are not of one run.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        whole = content["format"] == FORMAT and content["sha256"] == checksum(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    run = read_run(path.parents[1] / "runs" / path.name)
+    if not whole or content["run_sha256"] != run["sha256"]:
+        raise ValueError(f"{path}: not what scconv inside wrote for runs/{path.name}")
+    return content, run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = OneLineParser(prog="scconv inside", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("runs", type=not_empty, nargs="+", metavar="RUN.json", help="result files, weights beside them")
+    parser.add_argument("--images", type=int, metavar="N", help=f"test images, a multiple of {BATCH}; else {IMAGES}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--data-root", type=not_empty, help="of the test images: else as for scconv train")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    given = parser.parse_args(arguments)
+    try:
+        check_at_least(BATCH, images=given.images)
+        if given.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device='cuda': there is none that torch can use")
+        for path in given.runs:
+            print(record_inside(path, given.images, given.device, given.data_root, given.overwrite), flush=True)
+    except (ValueError, OSError) as error:
+        print(f"scconv inside: {error}", file=sys.stderr)
+        return 2
+    return 0
