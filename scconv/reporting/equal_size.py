@@ -45,8 +45,8 @@ def tabulate_equal_size(runs: list[dict]) -> pd.DataFrame:
         rows.append(
             {
                 "network": display_name(network),
-                "parameters": f"{params[network]:,} ({params[network] / params[OURS] - 1:+.1%})",
-                "MACs (M)": f"{macs[network] / 1e6:.2f} ({macs[network] / macs[OURS] - 1:+.1%})",
+                "parameters": f"{params[network]:,}" + how_near(params, network),
+                "MACs (M)": f"{macs[network] / 1e6:.2f}" + how_near(macs, network),
                 "top-1": f"{sum(top1) / len(top1):.2f}%" if top1 else "not run yet",
                 "n": str(len(top1)),
                 "spread": f"{min(top1):.2f}% to {max(top1):.2f}%" if len(top1) > 1 else "–",
@@ -58,6 +58,10 @@ def tabulate_equal_size(runs: list[dict]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def how_near(counts: dict[str, int], network: str) -> str:
+    return "" if network == OURS else f" ({counts[network] / counts[OURS] - 1:+.1%})"
 
 
 def answer_equal_size(runs: list[dict]) -> str:

@@ -93,11 +93,9 @@ def draw_accuracy_against_parameters(table: pd.DataFrame) -> Figure:
             millions, top1, colour = row["params"] / 1e6, 100 * row["top1"], colour_of(network)
             each = [100 * run for run in row["each"]]
             ax.plot([millions] * len(each), each, "o-", markersize=9, color=colour)
-            side, shift = ("right", -9) if row["params"] > largest / 2 else ("left", 9)
-            level = max(top1, lowest[side] + apart)
-            lowest[side] = level
-            ax.annotate(display_name(network), (millions, level), (shift, 0), textcoords="offset points", ha=side,
-                        va="center", bbox={"color": "white", "alpha": 0.8, "pad": 1})  # fmt: skip
+            side = "right" if row["params"] > largest / 2 else "left"
+            lowest[side] = max(top1, lowest[side] + apart)
+            label_beside(ax, display_name(network), (millions, lowest[side]), side)
             if network.startswith("scconv_") and (base := network.removeprefix("scconv_")) in rows.index:
                 pair = rows.loc[[network, base]]
                 ax.plot(pair["params"] / 1e6, 100 * pair["top1"], ":", color="0.5", zorder=0)
@@ -107,16 +105,22 @@ def draw_accuracy_against_parameters(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def label_beside(ax: plt.Axes, text: str, point: tuple[float, float], side: str) -> None:
+    """`side` is that of the label which is next to the point."""
+    ax.annotate(text, point, (-9 if side == "right" else 9, 0), textcoords="offset points", ha=side, va="center",
+                bbox={"color": "white", "alpha": 0.8, "pad": 1})  # fmt: skip
+
+
 def draw_accuracy_against_redundancy(table: pd.DataFrame) -> Figure:
     """Test top-1 (%) against the mean correlation of channels, from `inside.tabulate_inside`: a point each network."""
     fig, ax = plt.subplots(figsize=(6.5, 4.3))
-    seen = table.dropna(subset=["correlation"])
+    seen = table.dropna(subset=["correlation"]).sort_values("top1")
+    apart, lowest = 9 * np.ptp(seen["top1"]), {"left": -np.inf, "right": -np.inf}  # labels, as above
     for row in seen.itertuples():
-        point = row.correlation, 100 * row.top1
-        ax.plot(*point, "o", markersize=9, color=colour_of(row.network))
-        left = row.correlation > (seen["correlation"].min() + seen["correlation"].max()) / 2
-        ax.annotate(f"{display_name(row.network)}, seed {row.seed:.0f}", point, (-9 if left else 9, 0),
-                    textcoords="offset points", ha="right" if left else "left", va="center")  # fmt: skip
+        side = "right" if row.correlation > seen["correlation"].agg(["min", "max"]).mean() else "left"
+        ax.plot(row.correlation, 100 * row.top1, "o", markersize=9, color=colour_of(row.network))
+        lowest[side] = max(100 * row.top1, lowest[side] + apart)
+        label_beside(ax, f"{display_name(row.network)}, seed {row.seed:.0f}", (row.correlation, lowest[side]), side)
     ax.set(xlabel="mean |correlation| of channels", ylabel="test top-1 (%)")
     ax.margins(0.12)
     return fig

@@ -1,0 +1,180 @@
+"""What `scconv inside` records is what the analyses find, in every kind of network that we have."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from scconv.analysis.ablation import ablation_study
+from scconv.analysis.gates import gates_by_layer
+from scconv.analysis.networks import measure_network
+from scconv.data import load_data, normalise, pick_test_images
+from scconv.files import checksum
+from scconv.layers import SRU
+from scconv.models import build_model
+from scconv.reporting.inside import answer_redundancy_and_accuracy, read_all, show_inside, tabulate_inside
+from scconv.reporting.plots import draw_accuracy_against_redundancy
+from scconv.reporting.recorded import RESULTS
+from scconv.training import train
+from scconv.training.inside import decay_alone, find_layers, look_inside, main, read_inside
+from scconv.training.recipes import QUICK
+
+RESNET20 = [f"layer{stage}.{block}.conv{i}" for stage in (1, 2, 3) for block in (0, 1, 2) for i in (1, 2)]
+DENSE = [f"features.denseblock{i + 1}.denselayer{j + 1}.conv2" for i, n in enumerate((6, 12, 24, 16)) for j in range(n)]
+RESNET34 = [f"layer{i + 1}.{j}.conv{k}" for i, n in enumerate((3, 4, 6, 3)) for j in range(n) for k in (1, 2)]
+RESNET50 = [f"layer{i + 1}.{j}.conv2" for i, n in enumerate((3, 4, 6, 3)) for j in range(n)]
+FEW = {"redundancy": 10, "gates": 10}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits", image_size=16)
+
+
+@pytest.mark.parametrize(
+    ("network", "convolutions"),
+    [
+        *((f"{unit}resnet20", RESNET20) for unit in ("", "scconv_", "sru_", "parallel_", "narrow_", "separable_")),
+        ("resnet34_appended_scconv", RESNET34),
+        ("resnet50", RESNET50),
+        ("scconv_resnet50", RESNET50),
+        ("scconv_densenet121", DENSE),
+    ],
+)
+def test_layers_are_found_in_every_network(network, convolutions):
+    with torch.device("meta"):
+        found = find_layers(build_model(network, 10, small_images=True))
+    assert found == (convolutions, list(dict.fromkeys(name.rpartition(".")[0] for name in convolutions)))
+
+
+def test_what_is_found_is_what_the_analyses_find(digits):
+    torch.manual_seed(0)
+    model = build_model("scconv_resnet20").eval().requires_grad_(False)
+    torch.nn.init.normal_(model.layer1[0].conv1.sru.gn.bias, std=0.1)
+    found = look_inside(model, digits, {"redundancy": 20, "gates": 10})
+    assert model.fc.weight.dtype == torch.float32  # it is left as it was
+    blocks = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in (0, 1, 2)]
+    pixels, labels = pick_test_images(digits, 20)
+    x = normalise(pixels, torch.tensor(digits.mean), torch.tensor(digits.std))
+    numbers, _ = measure_network(model.double(), x.double(), RESNET20, blocks, batch_size=20)
+    del numbers["gate"]
+    assert_close(found["redundancy"], numbers, rtol=1e-4, atol=1e-5)
+    model, x, labels = model.float(), x[:10], labels[:10]
+    gates, _ = gates_by_layer(model, x)
+    assert_close(found["gates"], gates, rtol=1e-4, atol=1e-5)
+    assert found["ablation"]["accuracy"] == ablation_study(model, x, labels)["accuracy"]
+    assert found["beta"]["most"][0] == model.layer1[0].conv1.sru.gn.bias.max().item() != 0
+    assert found["gamma"] == dict.fromkeys(("mean", "least", "most"), [1.0] * 18)
+
+
+def test_a_network_without_srus_has_no_gates(digits):
+    found = look_inside(build_model("grouped_resnet20").eval().requires_grad_(False), digits, FEW)
+    assert found.keys() == {"convolutions", "blocks", "redundancy"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("network", "layers", "width"), [("resnet50", 16, 512), ("densenet121", 58, 128)])
+def test_the_large_networks(digits, network, layers, width):
+    model = build_model(f"scconv_{network}", small_images=True).eval().requires_grad_(False)
+    assert max(module.channels for module in model.modules() if isinstance(module, SRU)) == width
+    found = look_inside(model, digits, FEW)
+    lengths = [len(found["redundancy"]["conv"][kind]) for kind in ("cosine", "correlation", "rank")]
+    assert {*lengths, len(found["gates"]["beta1"]), len(found["gamma"]["mean"]), len(found["blocks"])} == {layers}
+    assert all(0 <= low <= value <= high <= 1 for value, low, high in found["redundancy"]["block"]["correlation"])
+
+
+def test_decay_alone_by_hand():
+    """Without momentum and at one learning rate, each step leaves 1 - lr·decay of a weight."""
+    recipe = {"name": "mine", "epochs": 3, "batch_size": 10, "lr": 0.1, "schedule": "step", "momentum": 0.0}
+    run = {"recipe": {**recipe, "weight_decay": 0.02}, "data": {"train_images": 59}, "limit_train_batches": None}
+    assert decay_alone(run) == pytest.approx((1 - 0.1 * 0.02) ** 15)
+    assert decay_alone({**run, "limit_train_batches": 2}) == pytest.approx((1 - 0.1 * 0.02) ** 6)
+
+
+# ---- the command ----
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The path of the result file of a trained network."""
+    data, settings = load_data("digits", image_size=16), {"limit_train_batches": 2, "progress": False}
+    train("sru_resnet20", data, replace(QUICK, epochs=1), 0, tmp_path / "runs", **settings)
+    (path,) = (tmp_path / "runs").glob("*.json")
+    return path
+
+
+def test_the_command_records_once_and_refuses_in_one_line(run, capsys):
+    assert main([str(run), "--images", "10"]) == 0
+    written = run.parents[1] / "inside" / run.name
+    assert capsys.readouterr().out.strip() == str(written)
+    content, of = read_inside(written)
+    assert (content["model"], content["images"]) == ("sru_resnet20", {"set": "digits", "redundancy": 10, "gates": 10})
+    assert of["name"] == content["run"]
+    assert 0.9 < content["gamma"]["decay_alone"] < 1
+    assert "beta1" not in content["gates"]
+    table = tabulate_inside([(content, of)])
+    correlations = [row[0] for row in content["redundancy"]["conv"]["correlation"]]
+    assert table["correlation"][0] == pytest.approx(sum(correlations) / 18)
+    first = written.read_bytes()
+    for words, message in (
+        ([], "is there already; --overwrite replaces it"),
+        (["--overwrite"], "images=500: must be at most 360"),
+        (["--overwrite", "--images", "15"], "images: must be a multiple of batch_size=10, not 15"),
+        (["--overwrite", "--images", "0"], "images=0: must be at least 10"),
+    ):
+        assert main([str(run), *words]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert written.read_bytes() == first
+    assert main([str(run), "--images", "10", "--overwrite"]) == 0
+    edited = {**content, "seed": 1}
+    for damaged in (edited, {**edited, "run_sha256": "of another run"}):
+        written.write_text(json.dumps({**damaged, "sha256": "" if damaged is edited else checksum(damaged)}))
+        with pytest.raises(ValueError, match="not what scconv inside wrote"):
+            read_inside(written)
+
+
+# ---- the committed files ----
+
+FOUND = read_all()
+
+
+def test_committed_files_are_of_a_clean_commit_and_of_the_chapters_images():
+    assert len(FOUND) >= 3
+    for content, _ in FOUND:
+        assert "dirty" not in content["commit"] + content["tree"]
+        assert content["images"] == {"set": "cifar100", "redundancy": 400, "gates": 500}
+
+
+def test_committed_files_agree_with_the_chapters():
+    def recorded(name):
+        path = RESULTS / "notebooks" / f"{name}-cifar100.json"
+        return json.loads(path.read_text("utf-8"))["measured"]
+
+    chapter = recorded("05_redundancy")["networks"]
+    names = [content["run"].removeprefix("cifar100-fast-epochs_15-").replace("seed", "") for content, _ in FOUND]
+    inside = dict(zip(names, (content for content, _ in FOUND), strict=True))
+    for name, numbers in chapter.items():
+        for place in ("conv", "block"):
+            assert_close(inside[name]["redundancy"][place], numbers[place], rtol=0.01, atol=1e-4)
+    gating, ours = recorded("07_gating_and_attribution"), inside["scconv_resnet20-0"]
+    assert_close(ours["gates"], gating["gates"]["seed_0"], rtol=0.01, atol=1e-4)
+    assert_close(ours["ablation"], gating["ablation"], rtol=0.01, atol=0.004)
+
+
+def test_the_table_says_what_is_not_run_and_the_figure_shows_the_rest():
+    table = tabulate_inside(FOUND)
+    shown = show_inside(table, {"rank": ("rank", ".2f"), "gamma": ("γ", ".2f")}).set_index("network")
+    assert shown.loc["SCConv-DenseNet-121"].tolist() == ["–", "not run yet", "–"]
+    assert set(shown.loc["ResNet-20", "γ"]) == {"–"}
+    labels = draw_accuracy_against_redundancy(table).axes[0].texts
+    assert len(labels) == len(FOUND)
+
+
+def test_another_network_needs_another_sentence():
+    assert "n = 3" in answer_redundancy_and_accuracy(tabulate_inside(FOUND[:3]))
+    with pytest.raises(ValueError, match="there are 4 networks"):
+        answer_redundancy_and_accuracy(tabulate_inside([*FOUND[:3], FOUND[0]]))
