@@ -13,7 +13,7 @@ from scconv.training.inside import read_inside
 
 # Rows that a table has with or without a file.
 EXPECTED = ("sru_resnet20", "resnet50", "scconv_resnet50", "densenet121", "scconv_densenet121")
-REMOVED = ("non_informative_itself", "non_informative_smallest", "non_informative_nonzero", "informative_itself")
+REMOVALS = ("non_informative_itself", "non_informative_smallest", "non_informative_nonzero", "informative_itself")
 
 
 def read_all(folder: Path = RESULTS / "inside") -> list[tuple[dict, dict]]:
@@ -47,7 +47,7 @@ def summarise(inside: dict) -> dict:
         "beta": max(map(abs, [*inside["beta"]["least"], *inside["beta"]["most"]])),
         "accuracy": ablation["accuracy"],
     }
-    return numbers | {part: ablation[part]["accuracy"] for part in REMOVED}
+    return numbers | {part: ablation[part]["accuracy"] for part in REMOVALS}
 
 
 def show_inside(table: pd.DataFrame, columns: dict[str, tuple[str, str]]) -> pd.DataFrame:
