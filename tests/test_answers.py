@@ -129,7 +129,7 @@ def like_scconv(network, seed=0, top1=0.46):
 @pytest.mark.parametrize("network", ["narrow_resnet20", "separable_resnet50"])
 def test_who_wins_at_equal_size_must_be_written_once_a_baseline_has_run(results, network):
     runs = [run for run in read_runs() if not is_baseline(run["model"])]
-    assert "not run yet" in answer_equal_size(runs)
+    assert "Not run yet" in answer_equal_size(runs)
     message = f"rewrite it: No baseline of equal size has run yet, but {network} has"
     with pytest.raises(ValueError, match=message):
         answer_equal_size([*runs, like_scconv(network)])

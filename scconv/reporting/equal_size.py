@@ -3,6 +3,8 @@
 They are compared with SCConv-ResNet-20, all after 15 epochs of CIFAR-100 with the recipe `fast`.
 """
 
+from statistics import median
+
 import pandas as pd
 import torch
 
@@ -47,7 +49,7 @@ def tabulate_equal_size(runs: list[dict]) -> pd.DataFrame:
                 "network": display_name(network),
                 "parameters": f"{params[network]:,}" + how_near(params, network),
                 "MACs (M)": f"{macs[network] / 1e6:.2f}" + how_near(macs, network),
-                "top-1": f"{sum(top1) / len(top1):.2f}%" if top1 else "not run yet",
+                "top-1": f"{median(top1):.2f}%" if top1 else "not run yet",
                 "n": str(len(top1)),
                 "spread": f"{min(top1):.2f}% to {max(top1):.2f}%" if len(top1) > 1 else "–",
                 "points more than SCConv, seed by seed": "; ".join(
@@ -70,6 +72,6 @@ def answer_equal_size(runs: list[dict]) -> str:
     also = "the report's Results, Threats and Conclusion, chapter 6, the slides and Use it say the same"
     bears_out(not there, f"No baseline of equal size has run yet, but {', '.join(there)} has ({also})")
     return (
-        "**Which network wins at equal size is not run yet.** None of the three baselines has been trained, so nothing "
-        "here says that SCConv is a better way to become small than fewer channels, groups or depthwise convolutions."
+        "**Not run yet.** None of the three baselines has been trained, so nothing here says whether SCConv is a "
+        "better way to become small than fewer channels, groups or depthwise convolutions."
     )

@@ -2,7 +2,8 @@
 
 `scconv inside RUN.json …` looks into the network of each result file, with test images of the run's own set, and writes
 `inside/NAME.json` beside the folder of the result files. Pages read these files, so that they can show networks that
-are too large to run there. Captum's maps are left out: each needs a second network to be compared with.
+are too large to run there. Captum's maps are left out: how far those of two networks agree says little without a
+second seed of each.
 """
 
 import copy
