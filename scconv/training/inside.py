@@ -95,21 +95,35 @@ def decay_alone(run: dict) -> float:
 
 
 def record_inside(
-    path: str | Path,
+    paths: list[str | Path],
     images: int | None = None,
     device: str = "cpu",
     data_root: str | Path | None = None,
     overwrite: bool = False,
-) -> Path:
-    """Look into the network of a result file and write what was found; returns the file's path.
+) -> Iterator[Path]:
+    """Look into the network of each result file and write what was found; yields the path of each file.
 
     `images` replaces each of IMAGES. Raises ValueError, in one line, where the result file, its weights or the set
     cannot be read, the set has fewer images, or the file is there already.
     """
-    path = expand(path)
-    run, target = read_run(path), inside_path(path)
-    if target.exists() and not overwrite:
-        raise ValueError(f"{target}: is there already; --overwrite replaces it")
+    paths = [expand(path) for path in paths]
+    code = {"commit": find_commit(), "tree": find_tree()}  # before the first file changes the checkout
+    there = [target for target in map(inside_path, paths) if target.exists()]
+    if there and not overwrite:
+        raise ValueError(f"{there[0]}: is there already; --overwrite replaces it")
+    for path in paths:
+        content = {**describe_inside(path, images, device, data_root), **code}
+        content["sha256"] = checksum(content)
+        target = inside_path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(target) as file:
+            file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+        yield target
+
+
+def describe_inside(path: Path, images: int | None, device: str, data_root: str | Path | None) -> dict:
+    """A file's content but for its checksum and the code's commit."""
+    run = read_run(path)
     counts = dict.fromkeys(IMAGES, images) if images else IMAGES
     model = load_trained(path).requires_grad_(False)
     data = load_data(run["data"]["name"], root=data_root, image_size=run["data"]["image_size"])
@@ -119,7 +133,7 @@ def record_inside(
     found = look_inside(model, data, counts, device)
     if "gamma" in found:
         found["gamma"]["decay_alone"] = decay_alone(run)
-    content = {
+    return {
         "format": FORMAT,
         "run": run["name"],
         "run_sha256": run["sha256"],
@@ -130,19 +144,12 @@ def record_inside(
         **found,
         "versions": {"torch": torch.__version__},
         "device": {"kind": device, "name": device_name(torch.device(device))},
-        "commit": find_commit(),
-        "tree": find_tree(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    content["sha256"] = checksum(content)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(target) as file:
-        file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-    return target
 
 
 def inside_path(run_path: Path) -> Path:
-    return run_path.resolve().parents[1] / "inside" / run_path.name
+    return run_path.resolve().parent.parent / "inside" / run_path.name
 
 
 def read_inside(path: Path) -> tuple[dict, dict]:
@@ -174,8 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
         check_at_least(BATCH, images=given.images)
         if given.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda': there is none that torch can use")
-        for path in given.runs:
-            print(record_inside(path, given.images, given.device, given.data_root, given.overwrite), flush=True)
+        for written in record_inside(given.runs, given.images, given.device, given.data_root, given.overwrite):
+            print(written, flush=True)
     except (ValueError, OSError) as error:
         print(f"scconv inside: {error}", file=sys.stderr)
         return 2
