@@ -171,8 +171,13 @@ def read_inside(path: Path) -> tuple[dict, dict]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = OneLineParser(prog="scconv inside", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("runs", type=not_empty, nargs="+", metavar="RUN.json", help="result files, weights beside them")
-    parser.add_argument("--images", type=int, metavar="N", help=f"test images, a multiple of {BATCH}; else {IMAGES}")
+    images = (
+        f"test images, a multiple of {BATCH}; else {IMAGES['redundancy']} for redundancy, {IMAGES['gates']} for gates"
+    )
+    parser.add_argument(
+        "runs", type=not_empty, nargs="+", metavar="RUN.json", help="result files, whose weights are there"
+    )
+    parser.add_argument("--images", type=int, metavar="N", help=images)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--data-root", type=not_empty, help="of the test images: else as for scconv train")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
