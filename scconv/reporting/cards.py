@@ -32,7 +32,7 @@ def card(network: str, weights: str, runs: Path = RESULTS / "runs") -> str:
         "multiply-accumulates",
         "data": f"{TITLES[data['name']]}, all {data['train_images']:,} training images, {size}×{size}"
         + (", shifted and mirrored" if run["recipe"]["augment"] else ""),
-        "recipe": f"{describe_recipe(describe(run))}, seed {run['seed']}",
+        "recipe": describe_recipe(describe(run)),
         "made by": f"`{run['command']}`, commit {run['commit'][:7]}",
         "accuracy": accuracy,
         "file": f"`{entry['file']}`, {entry['path'].stat().st_size / 2**20:.1f} MiB, {numbers}",
@@ -40,5 +40,5 @@ def card(network: str, weights: str, runs: Path = RESULTS / "runs") -> str:
         "licence": "MIT, as the code. The training images are not part of it",
         "good for": "looking inside, teaching, tests. Too briefly trained to be used for its answers",
     }
-    lines = [f"| **{display_name(network)}** | |", "|---|---|", *(f"| {key} | {text} |" for key, text in rows.items())]
+    lines = [f"| | {display_name(network)}, seed {run['seed']} |", "|---|---|", *(f"| {key} | {text} |" for key, text in rows.items())]
     return "\n".join(lines)
