@@ -40,5 +40,5 @@ def card(network: str, weights: str, runs: Path = RESULTS / "runs") -> str:
         "licence": "MIT, as the code. The training images are not part of it",
         "good for": "looking inside, teaching, tests. Too briefly trained to be used for its answers",
     }
-    lines = [f"| | {display_name(network)}, seed {run['seed']} |", "|---|---|", *(f"| {key} | {text} |" for key, text in rows.items())]
-    return "\n".join(lines)
+    head = [f"| | {display_name(network)}, seed {run['seed']} |", "|---|---|"]
+    return "\n".join(head + [f"| {key} | {text} |" for key, text in rows.items()])
