@@ -1,4 +1,7 @@
-"""The command `scconv`, or `python -m scconv`: `info` says what is here, `train` trains, `results` prints tables."""
+"""The command `scconv`, or `python -m scconv`.
+
+`info` says what is here, `train` trains, `results` prints tables, `ship` packs a network for readers.
+"""
 
 import codecs
 import io
@@ -12,15 +15,16 @@ COMMANDS = {
     "info": "the networks and the trained weights",
     "train": "train a network and write its result; --help lists the options",
     "results": "tables of the results in results/runs; --help lists the options",
+    "ship": "pack a finished run's network into weights/; --help lists the options",
 }
 
 
 def info() -> int:
     from scconv.layers import ORDERS
     from scconv.models import APPENDED, CIFAR_DEPTHS, EQUAL_SIZE, TORCHVISION, WIDTHS
-    from scconv.pretrained import CIFAR100
+    from scconv.pretrained import list_pretrained
 
-    weights = [f"{network}, weights={name!r}" for network, names in CIFAR100["networks"].items() for name in names]
+    weights = [f"{network}, weights={name!r}" for network, names in list_pretrained().items() for name in names]
     print(f"scconv {__version__}: SCConv (CVPR 2023), reproduced in PyTorch")
     print("\nfrom scconv import SRU, CRU, SCConv, replace_conv3x3, build_model, compile_scconv")
     print("\nNetworks, for build_model(NAME):")
@@ -72,6 +76,10 @@ def run(command: str, rest: list[str]) -> int:
         from scconv.reporting.tables import main as results
 
         return results(rest)
+    if command == "ship":
+        from scconv.training.ship import main as ship
+
+        return ship(rest)
     if command in ("info", "-h", "--help") and not rest:
         return info()
     print(f"scconv: {' '.join([command, *rest])}: must be one of {', '.join(COMMANDS)}", file=sys.stderr)
