@@ -1,4 +1,4 @@
-"""The command `scconv`, or `python -m scconv`: `info`, `train`, `results` and `inside`, as COMMANDS explains them."""
+"""The command `scconv`, or `python -m scconv`: `info`, `train` and so on, as COMMANDS explains them."""
 
 import codecs
 import io
@@ -13,15 +13,16 @@ COMMANDS = {
     "train": "train a network and write its result; --help lists the options",
     "results": "tables of the results in results/runs; --help lists the options",
     "inside": "what trained networks do inside, into results/inside; --help lists the options",
+    "ship": "pack a finished run's network into weights/; --help lists the options",
 }
 
 
 def info() -> int:
     from scconv.layers import ORDERS
     from scconv.models import APPENDED, CIFAR_DEPTHS, EQUAL_SIZE, TORCHVISION, WIDTHS
-    from scconv.pretrained import CIFAR100
+    from scconv.pretrained import list_pretrained
 
-    weights = [f"{network}, weights={name!r}" for network, names in CIFAR100["networks"].items() for name in names]
+    weights = [f"{network}, weights={name!r}" for network, names in list_pretrained().items() for name in names]
     print(f"scconv {__version__}: SCConv (CVPR 2023), reproduced in PyTorch")
     print("\nfrom scconv import SRU, CRU, SCConv, replace_conv3x3, build_model, compile_scconv")
     print("\nNetworks, for build_model(NAME):")
@@ -77,6 +78,10 @@ def run(command: str, rest: list[str]) -> int:
         from scconv.training.inside import main as inside
 
         return inside(rest)
+    if command == "ship":
+        from scconv.training.ship import main as ship
+
+        return ship(rest)
     if command in ("info", "-h", "--help") and not rest:
         return info()
     print(f"scconv: {' '.join([command, *rest])}: must be one of {', '.join(COMMANDS)}", file=sys.stderr)

@@ -28,13 +28,12 @@ from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from scconv.checks import check_at_least, check_at_most, check_choice, one_line
-from scconv.files import atomic_file, expand
+from scconv.files import CHECKOUT, atomic_file, expand
 from scconv.workers import batches_of, leave_signals_to_main
 
 IMAGE_SIZES = {"digits": 32, "cifar100": 32, "food101": 224}  # pixels, unless another size is asked for
 DATA_NAMES = tuple(IMAGE_SIZES)
 FETCH_ERRORS = (OSError, RuntimeError, http.client.HTTPException)  # of torchvision's downloads
-CHECKOUT = Path(__file__).resolve().parents[1]
 FOOD101 = "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"  # where torchvision fetches it
 PADDING = 4  # pixels; the paper's: random crop with 4-pixel padding
 # Mean and standard deviation of ImageNet's training set, as torchvision's documentation gives them for its models.

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+CHECKOUT = Path(__file__).resolve().parents[1]  # of the repository, unless the package was installed without it
+
 
 def expand(path: str | Path) -> Path:
     """The path with `~` as the home folder, also where no shell has seen it. Every path that a user gives goes here."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from scconv.layers import ORDERS, SCConv, whole
-from scconv.pretrained import CIFAR100, find_pretrained, is_file_name, load_weights
+from scconv.pretrained import find_pretrained, is_file_name, load_weights
 from scconv.surgery import append_scconv, cifar_stem, group_conv3x3, replace_conv3x3, separate_conv3x3
 
 TORCHVISION = ("resnet34", "resnet50", "resnet101", "densenet121")
@@ -57,8 +57,8 @@ def build_model(
         name: one of `model_names()`.
         num_classes: at least 1; by default that of the shipped weights, where they are asked for, else 10.
         small_images: a 3×3 stem of stride 1 without max-pool, for images of 64 pixels or less. The CIFAR ResNets
-            (`resnet20`, `resnet32`, `resnet56`) have it anyway.
-        weights: `"cifar100"`, for a network that comes with the package (`scconv.pretrained`), or a file with this
+            (`resnet20`, `resnet32`, `resnet56`) have it anyway, and shipped weights imply the stem that they had.
+        weights: `"cifar100"`, for a network that was trained and shipped (`scconv.pretrained`), or a file with this
             network's state dict: safetensors, or `.pt` or `.pth`, of which only tensors are read. None means fresh
             weights. The prefixes that `nn.DataParallel` and `torch.compile` put before names don't matter.
         new_head: leave the classifier's own fresh weights and load all the others, to fine-tune to other classes.
@@ -74,12 +74,11 @@ def build_model(
         raise ValueError(f"name={name!r}: must be one of {', '.join(model_names())}")
     if new_head and weights is None:
         raise ValueError("new_head=True: without weights every layer is fresh; name some by weights=")
-    shipped = isinstance(weights, str) and not is_file_name(weights)
-    if shipped:
-        weights = find_pretrained(name, weights)
-    if num_classes is None:
-        num_classes = len(CIFAR100["classes"]) if shipped else 10
-    num_classes = whole("num_classes", num_classes)
+    classes = 10
+    if isinstance(weights, str) and not is_file_name(weights):
+        shipped = find_pretrained(name, weights)
+        weights, classes, small_images = shipped["path"], shipped["classes"], small_images or shipped["small_images"]
+    num_classes = whole("num_classes", classes if num_classes is None else num_classes)
     order, base = _parse(name)
     if order not in ORDERS and scconv_options:
         raise ValueError(f"{', '.join(scconv_options)}: {name} has no SCConv to take these options")

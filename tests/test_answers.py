@@ -12,7 +12,7 @@ from scconv.reporting.answers import compare_pairs, draw_answers, reduction, sho
 from scconv.reporting.equal_size import answer_equal_size, is_baseline, tabulate_equal_size
 from scconv.reporting.recorded import RESULTS
 from scconv.reporting.tables import in_markdown, read_runs
-from scconv.reporting.verdicts import verdicts
+from scconv.reporting.verdicts import accuracy_and_time, verdicts
 from scconv.training.results import read_run
 
 SCCONV = "runs/cifar100-fast-epochs_15-scconv_resnet20-seed0.json"
@@ -72,18 +72,35 @@ def test_a_verdict_that_the_numbers_contradict_fails(results):
         verdicts(results)
 
 
+def add_large_run(results, network, top1):
+    """As of recipe `short` on CIFAR-100."""
+
+    def rename(run):
+        run["model"], run["precision"], run["test"]["top1"] = network, "bf16", top1
+        run["recipe"] |= {"name": "short", "epochs": 12, "sizes": [[5 / 12, 0.5], [4 / 12, 0.75], [3 / 12, 1.0]]}
+        run["history"] = [{**row, "image_size": 32} for row in run["history"][:12]]
+
+    shutil.copy(results / SCCONV, results / f"runs/{network}.json")
+    change(results / f"runs/{network}.json", rename)
+
+
 def test_a_claim_called_untested_fails_once_its_runs_are_there(results):
     for network in ("resnet50", "scconv_resnet50"):
-
-        def rename(run, network=network):
-            run["model"], run["precision"] = network, "bf16"
-            run["recipe"] |= {"name": "short", "epochs": 12, "sizes": [[5 / 12, 0.5], [4 / 12, 0.75], [3 / 12, 1.0]]}
-            run["history"] = [{**row, "image_size": 32} for row in run["history"][:12]]
-
-        shutil.copy(results / SCCONV, results / f"runs/{network}.json")
-        change(results / f"runs/{network}.json", rename)
+        add_large_run(results, network, 0.44)
     with pytest.raises(ValueError, match="a better ResNet-50: not tested"):
         verdicts(results)
+
+
+def test_accuracy_stands_beside_time_once_it_is_there(results):
+    assert list(accuracy_and_time(results)["top-1"]) == ["not run yet"] * 2
+    add_large_run(results, "resnet50", 0.75)
+    assert list(accuracy_and_time(results)["top-1"]) == ["75.00%", "not run yet"]
+    change(results / SPEED, make_it_slow)
+    base, ours = accuracy_and_time(results).to_dict("records")
+    assert (base["inference time"], base["training time"]) == ("1.00", "1.00")
+    rows = json.loads((results / SPEED).read_text("utf-8"))["rows"]
+    (three,) = (row["ratio"] for row in rows if (row["form"], row["direction"]) == ("3x3+compile", "training"))
+    assert ours["training time"] == f"{1.2 / three:.2f}"
 
 
 @pytest.mark.slow

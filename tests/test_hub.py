@@ -42,5 +42,5 @@ def test_unknown_names_are_answered():
         load("build_model", "resnet51")
     with pytest.raises(RuntimeError, match="Cannot find callable resnet51"):  # torch.hub's own
         load("resnet51")
-    with pytest.raises(ValueError, match="not shipped for scconv_resnet50; there are cifar100 for resnet20"):
-        load("scconv_resnet50", weights="cifar100")
+    with pytest.raises(ValueError, match="not shipped for scconv_resnet101; there are cifar100 for resnet20"):
+        load("scconv_resnet101", weights="cifar100")

@@ -1,6 +1,7 @@
 """`scconv` says what is here, and the package works from its wheel, away from this folder."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -10,7 +11,7 @@ import pytest
 
 from scconv.__main__ import COMMANDS, main
 from scconv.models import build_model, model_names
-from scconv.pretrained import CIFAR100
+from scconv.pretrained import list_pretrained
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,12 +29,12 @@ def test_lists_networks_weights_and_commands(capsys):
     but_no = printed.partition("but no ")[2].partition(":")[0]
     names = {*bases, *(order + base for order in orders for base in bases[:-1]), *baselines} - {but_no}
     assert names == set(model_names())
-    shipped = [(network, name) for network, names in CIFAR100["networks"].items() for name in names]
+    shipped = [(network, name) for network, names in list_pretrained().items() for name in names]
     assert shipped
     for network, name in shipped:
         assert f"\n  {network}, weights={name!r}\n" in printed
         build_model(network, weights=name)
-    assert len(printed.splitlines()) < 25
+    assert len(printed.splitlines()) < 30
 
 
 @pytest.mark.slow
@@ -46,7 +47,7 @@ def test_its_commands_are_there(command):
 
 def test_an_unknown_command_is_answered_in_one_line(capsys):
     assert main(["nonsense"]) == 2
-    assert capsys.readouterr().err == "scconv: nonsense: must be one of info, train, results, inside\n"
+    assert capsys.readouterr().err == "scconv: nonsense: must be one of info, train, results, inside, ship\n"
 
 
 @pytest.mark.slow
@@ -77,9 +78,15 @@ import scconv, torch
 from scconv.models import build_model
 print(scconv.__file__)
 print(tuple(build_model("scconv_resnet20", weights="cifar100").eval()(torch.zeros(1, 3, 32, 32)).shape))
+try:
+    build_model("resnet50", weights="cifar100")
+except ValueError as error:
+    print(error)
 """
     environ = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
     run = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environ, capture_output=True, text=True, check=True
     )
-    assert run.stdout.splitlines() == [str(tmp_path / "installed" / "scconv" / "__init__.py"), "(1, 100)"]
+    *loaded, refused = run.stdout.splitlines()
+    assert loaded == [str(tmp_path / "installed" / "scconv" / "__init__.py"), "(1, 100)"]
+    assert re.search(r"; the repository may have more: git clone https://\S+$", refused)

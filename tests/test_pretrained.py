@@ -13,12 +13,17 @@ from torch.testing import assert_close
 from scconv import pretrained
 from scconv.data import channel_statistics, load_data
 from scconv.models import build_model
-from scconv.pretrained import CIFAR100, FOLDER
+from scconv.pretrained import CIFAR100, FOLDER, LARGE, list_pretrained, read_manifest
 from scconv.training import evaluate
 
 RUNS = Path(__file__).parents[1] / "results" / "runs"
-SHIPPED = [(model, name) for model, names in CIFAR100["networks"].items() for name in names]
-each_network = pytest.mark.parametrize(("model", "name"), SHIPPED)
+LISTED = list_pretrained()
+SHIPPED = [(model, name) for model, names in LISTED.items() for name in names]
+each_network = pytest.mark.parametrize(
+    ("model", "name"),
+    [pytest.param(*one, marks=() if one[0] in CIFAR100["networks"] else pytest.mark.slow) for one in SHIPPED],
+)
+ENOUGH = {"fast": 15, "short": 12}  # epochs
 needs_cifar100 = pytest.mark.skipif(
     not (Path(os.environ.get("SCCONV_DATA", "data")) / "cifar100" / "test.npz").exists(),
     reason="CIFAR-100 is not here; set SCCONV_DATA to the folder that holds cifar100/test.npz",
@@ -26,7 +31,7 @@ needs_cifar100 = pytest.mark.skipif(
 
 
 def run_file(model, name):
-    file = CIFAR100["networks"][model][name]["file"]
+    file = LISTED[model][name]["file"]
     return json.loads((RUNS / file).with_suffix(".json").read_text())
 
 
@@ -35,35 +40,43 @@ def test_baseline_and_scconv_are_shipped():
 
 
 def test_nothing_lies_there_unlisted_or_too_large():
-    listed = {names[name]["file"] for names in CIFAR100["networks"].values() for name in names}
-    found = {path.name: path.stat().st_size for path in FOLDER.glob("*.safetensors")}
-    assert found.keys() == listed
-    assert max(found.values()) <= 4e6
+    most = {FOLDER: 4e6, LARGE: 99 * 2**20}  # bytes together
+    for folder, networks in ((FOLDER, CIFAR100["networks"]), (LARGE, read_manifest()["networks"])):
+        listed = [entry["file"] for entries in networks.values() for entry in entries.values()]
+        found = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+        assert sorted(found) == sorted(listed)
+        assert sum(found.values()) <= most[folder]
 
 
 @each_network
 def test_belongs_to_a_run_of_all_of_cifar100(model, name):
     run = run_file(model, name)
-    assert run["weights"]["sha256"] == CIFAR100["networks"][model][name]["sha256"]
+    entry = LISTED[model][name]
+    assert run["weights"]["sha256"] == entry.get("run_sha256", entry["sha256"])
     assert (run["model"], run["data"]["classes"], run["data"]["train_images"]) == (model, 100, 50_000)
     assert run["seed"] == (int(name.partition("seed")[2]) if "seed" in name else 0)
-    assert run["recipe"]["epochs"] >= 15
+    assert run["recipe"]["epochs"] >= ENOUGH[run["recipe"]["name"]]
     assert not run["commit"].endswith("dirty")
+    assert ("test" in entry) == ("run_sha256" in entry)  # a packed file has an accuracy of its own
 
 
 @each_network
 def test_loads_with_its_100_classes(model, name):
     network = build_model(model, weights=name).eval()
     with torch.no_grad():
-        assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
-    assert not torch.equal(network.conv1.weight, build_model(model, 100).conv1.weight)
+        logits = network(torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32))
+    assert logits.shape == (2, 100)
+    assert logits.isfinite().all()
+    assert not torch.equal(*logits)  # of a dark image and a bright one
+    fresh = build_model(model, 100, small_images=True)
+    assert not torch.equal(next(network.parameters()), next(fresh.parameters()))
 
 
 @each_network
 @needs_cifar100
 def test_reaches_the_recorded_accuracy(model, name):
     tested = evaluate(build_model(model, weights=name).eval(), load_data("cifar100"))
-    recorded = run_file(model, name)["test"]
+    recorded = LISTED[model][name].get("test", run_file(model, name)["test"])
     assert tested["top1"] == pytest.approx(recorded["top1"], abs=3e-4)  # 3 of 10,000: other machines round otherwise
     assert tested["top5"] == pytest.approx(recorded["top5"], abs=3e-4)
 
@@ -81,7 +94,7 @@ def test_classes_and_statistics_are_the_set_s():
     ("model", "keywords", "message"),
     [
         ("resnet20", {"weights": "cifar10"}, "weights='cifar10': not shipped for resnet20; there are cifar100 for"),
-        ("resnet50", {"weights": "cifar100"}, "weights='cifar100': not shipped for resnet50; there are cifar100 for"),
+        ("resnet101", {"weights": "cifar100"}, "weights='cifar100': not shipped for resnet101; there are cifar100 for"),
         ("resnet20", {"weights": "cifar100", "num_classes": 10}, "num_classes=10: .* for 100 classes; new_head=True"),
         ("resnet20", {"new_head": True}, "new_head=True: without weights every layer is fresh"),
         ("scconv_resnet20", {"weights": "cifar100", "alpha": 0.75}, r"do not fit scconv_resnet20, \d+ entries differ"),

@@ -17,7 +17,7 @@ from scconv.files import expand
 from scconv.reporting.recorded import RESULTS
 from scconv.training.hits import read_run_with_hits, recompute_hits
 from scconv.training.paired import Comparison, compare_runs
-from scconv.training.recipes import RECIPES, build_recipe
+from scconv.training.recipes import PAPER, RECIPES, build_recipe
 
 TITLES = {"cifar100": "CIFAR-100", "food101": "Food-101", "digits": "digits"}
 MISSION = ("resnet50", "scconv_resnet50", "densenet121", "scconv_densenet121")
@@ -177,7 +177,7 @@ def show_table(runs: list[dict], which: str = "overall") -> pd.DataFrame:
                 "top-1": f"{row['top1']:.2%}{spread}" if ran else "not run yet",
                 "n": f"{row['n']:.0f}" if ran else "0",
                 "top-5": f"{row['top5']:.2%}" if ran else "–",
-                "paper's top-1": f"{paper:.2%}" if paper else "–",
+                "paper's top-1": f"{paper:.2%} ({PAPER.epochs} epochs)" if paper else "–",
                 "parameters (M)": f"{row['params'] / 1e6:.2f}" if ran else "–",
                 "MACs (M)": f"{row['macs'] / 1e6:.1f}" if ran else "–",
                 "images/s": f"{row['images_per_second']:.0f}" if ran else "–",

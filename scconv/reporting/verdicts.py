@@ -7,10 +7,19 @@ from pathlib import Path
 
 import pandas as pd
 
-from scconv.reporting.answers import answer_redundant, bears_out, listed, read, reduction, redundancy
+from scconv.reporting.answers import (
+    answer_redundant,
+    bears_out,
+    counts,
+    listed,
+    read,
+    reduction,
+    redundancy,
+    relative_times,
+)
 from scconv.reporting.equal_size import answer_equal_size
 from scconv.reporting.recorded import RESULTS
-from scconv.reporting.tables import find_experiment, read_runs, tabulate
+from scconv.reporting.tables import display_name, find_experiment, read_runs, tabulate
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTED = "reproduced", "not reproduced", "not tested"
 LARGE = {"recipe": "short", "epochs": 12, "setting": "bf16"}
@@ -81,6 +90,22 @@ def judge_accuracy(
     bears_out(verdict == (REPRODUCED if better else NOT_REPRODUCED), f"{claim}: {verdict}")
     n = f"{without.n:.0f}, {with_unit.n:.0f}"
     return [claim, paper, f"{without.top1:.2%} → {with_unit.top1:.2%}", n, setting, verdict]
+
+
+def accuracy_and_time(folder: Path = RESULTS) -> pd.DataFrame:
+    """ResNet-50 without and with SCConv, the only pair in the benchmark: top-1 on CIFAR-100 beside relative times.
+
+    The times are those of compiled networks in float32. All text.
+    """
+    table, times = tabulate(read_runs(folder / "runs")), relative_times("float32", folder)
+    rows = []
+    for network in ("resnet50", "scconv_resnet50"):
+        row = find_experiment(table, network, "CIFAR-100", **LARGE)
+        shares = [times["compiled", way] if network.startswith("scconv") else 1 for way in ("inference", "training")]
+        millions = counts(network, folder=folder)["ours"]["params"] / 1e6
+        top1 = "not run yet" if row is None else f"{row.top1:.2%}"
+        rows.append([display_name(network), top1, *(f"{share:.2f}" for share in shares), f"{millions:.1f}"])
+    return pd.DataFrame(rows, columns=["network", "top-1", "inference time", "training time", "parameters (M)"])
 
 
 def judge_redundancy(folder: Path) -> list[str]:

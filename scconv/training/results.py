@@ -19,7 +19,7 @@ from scconv import __version__
 from scconv.data import test_image_ids
 from scconv.files import atomic_file, checksum, expand
 from scconv.models import build_model
-from scconv.pretrained import FOLDER
+from scconv.pretrained import FOLDER, find_packed
 from scconv.training.checkpoint import RunState
 from scconv.training.paired import pack_hits
 from scconv.training.provenance import device_name, find_commit, find_tree, peak_memory_mib
@@ -122,17 +122,22 @@ def read_run(path: str | Path) -> dict:
 
 
 def load_trained(path: str | Path) -> nn.Module:
-    """The trained network, in eval mode, of a result file `<name>.json`, from the weights beside it or in the package.
+    """The trained network, in eval mode, of a result file `<name>.json`.
 
-    Raises ValueError when the weights are missing, or one of the two files is not the one that the run wrote.
+    From the weights beside it or in the package, or, packed to float16, in the checkout's `weights/`. Raises ValueError
+    when they are missing, or one of the two files is not the one that the run wrote, or that was made from it.
     """
     path = expand(path)
     result = read_run(path)
     name = result["weights"]["file"]
     weights = next((folder / name for folder in (path.parent, FOLDER) if (folder / name).exists()), None)
-    if weights is None:
+    if weights is not None:
+        sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    elif packed := find_packed(name):
+        weights, sha256 = packed["path"], packed["run_sha256"]
+    else:
         raise ValueError(f"{path}: describes weights that were not kept beside it, {name}")
-    if hashlib.sha256(weights.read_bytes()).hexdigest() != result["weights"]["sha256"]:
+    if sha256 != result["weights"]["sha256"]:
         raise ValueError(f"{weights}: not the weights that {path.name} describes")
     return build_model(
         result["model"],
