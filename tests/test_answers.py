@@ -56,18 +56,19 @@ def test_an_answer_that_the_numbers_contradict_fails(results, file, edit):
         show_answers(results)
 
 
-def test_a_second_seed_of_a_pair_needs_another_sentence(results):
+def test_another_seed_of_a_pair_needs_another_sentence(results):
     for network in ("resnet20", "scconv_resnet20"):
-        first, second = (results / f"runs/cifar100-fast-epochs_15-{network}-seed{seed}.json" for seed in (0, 1))
-        shutil.copy(first, second)
-        change(second, lambda run: run.update(seed=1))
-    with pytest.raises(ValueError, match="rewrite it: one seed each"):
+        first, third = (results / f"runs/cifar100-fast-epochs_15-{network}-seed{seed}.json" for seed in (0, 2))
+        shutil.copy(first, third)
+        change(third, lambda run: run.update(seed=2))
+    with pytest.raises(ValueError, match="rewrite it: two seeds of one pair"):
         show_answers(results)
 
 
 def test_a_verdict_that_the_numbers_contradict_fails(results):
     verdicts(results)
-    change(results / SCCONV, make_scconv_right)
+    for seed in "01":
+        change(results / SCCONV.replace("seed0", f"seed{seed}"), make_scconv_right)
     with pytest.raises(ValueError, match="a better small ResNet: not reproduced"):
         verdicts(results)
 
@@ -143,17 +144,23 @@ def like_scconv(network, seed=0, top1=0.46):
     return {**run, "model": network, "seed": seed, "test": {**run["test"], "top1": top1}}
 
 
-@pytest.mark.parametrize("network", ["narrow_resnet20", "separable_resnet50"])
-def test_who_wins_at_equal_size_must_be_written_once_a_baseline_has_run(results, network):
-    runs = [run for run in read_runs() if not is_baseline(run["model"])]
-    assert "Not run yet" in answer_equal_size(runs)
-    message = f"rewrite it: No baseline of equal size has run yet, but {network} has"
+@pytest.mark.parametrize("baseline", [("narrow_resnet20", 1), ("separable_resnet50", 0)])
+def test_who_wins_at_equal_size_must_be_written_again_once_another_baseline_has_run(results, baseline):
+    answer_equal_size(read_runs())  # as it is, it holds
+    message = "rewrite it: one seed of the narrow network"
+    network, seed = baseline
     with pytest.raises(ValueError, match=message):
-        answer_equal_size([*runs, like_scconv(network)])
+        answer_equal_size([*read_runs(), like_scconv(network, seed)])
     shutil.copy(results / SCCONV, results / "runs/baseline.json")
-    change(results / "runs/baseline.json", lambda run: run.update(model=network))
+    change(results / "runs/baseline.json", lambda run: run.update(model=network, seed=seed))
     with pytest.raises(ValueError, match=message):
         verdicts(results)
+
+
+def test_another_winner_at_equal_size_needs_another_sentence():
+    runs = [run for run in read_runs() if not is_baseline(run["model"])]
+    with pytest.raises(ValueError, match="rewrite it: the narrow network is better"):
+        answer_equal_size([*runs, like_scconv("narrow_resnet20", top1=0.45)])
 
 
 def test_the_table_of_equal_size():

@@ -5,6 +5,7 @@ beside it and raises where the numbers no longer bear it out, so that a build fa
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -132,12 +133,15 @@ def answer_accurate(runs: list[dict]) -> str:
     pairs = compare_pairs(runs)
     found = [pair for _, pair in pairs]
     bears_out(all(pair.difference < 0 for pair in found), "No, not in what we could train: all pairs lose")
-    bears_out(all(run["seed"] == 0 for run, _ in pairs), "one seed each, so that each pair is another experiment")
+    seeds = Counter((run["model"], describe(run)["data"], run["recipe"]["epochs"]) for run, _ in pairs)
+    twice = [experiment for experiment, n in seeds.items() if n > 1]
+    bears_out(max(seeds.values()) <= 2 and twice == [("scconv_resnet20", "CIFAR-100", 15)], "two seeds of one pair")
     bears_out(all(run["recipe"]["epochs"] < 200 for run, _ in pairs), "the paper's 200 epochs were not run")
     least, most = -100 * found[-1].difference, -100 * found[0].difference
     return (
-        f"**Not in what we could train.** Top-1 fell in all {len(found)} pairs of networks, by {least:.1f} to "
-        f"{most:.1f} points (one seed each). The paper's 200 epochs were not run. ([results](#report-results))"
+        f"**Not in what we could train.** Top-1 fell in all {len(found)} pairs of runs, by {least:.1f} to {most:.1f} "
+        "points (one seed a pair of networks, two of ResNet-20 on CIFAR-100). A narrower ResNet-20 of the same size "
+        "loses less. The paper's 200 epochs were not run. ([results](#report-results), [equal size](#report-equal-size))"
     )
 
 
@@ -190,11 +194,12 @@ def draw_answers(folder: Path = RESULTS) -> Figure:
 
 
 def name_pair(run: dict) -> str:
-    """The network without SCConv, the set and the epochs of a run with SCConv, in two lines."""
+    """The network without SCConv, the set, the epochs and the seed but 0 of a run with SCConv, in two lines."""
     network, data = display_name(run["model"].removeprefix(PREFIX)), run["data"]
     title = TITLES[data["name"]] + (f", {data['image_size']} px" if data["name"] == "food101" else "")
     epochs = run["recipe"]["epochs"]
-    return f"{network}\n{title}, {epochs} epoch{'s' * (epochs > 1)}"
+    seed = f", seed {run['seed']}" if run["seed"] else ""
+    return f"{network}\n{title}, {epochs} epoch{'s' * (epochs > 1)}{seed}"
 
 
 def listed(values: list[float]) -> str:
