@@ -141,7 +141,8 @@ def answer_accurate(runs: list[dict]) -> str:
     return (
         f"**Not in what we could train.** Top-1 fell in all {len(found)} pairs of runs, by {least:.1f} to {most:.1f} "
         "points (one seed a pair of networks, two of ResNet-20 on CIFAR-100). A narrower ResNet-20 of the same size "
-        "loses less. The paper's 200 epochs were not run. ([results](#report-results), [equal size](#report-equal-size))"
+        "loses less. The paper's 200 epochs were not run. ([results](#report-results), "
+        "[equal size](#report-equal-size))"
     )
 
 
