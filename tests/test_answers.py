@@ -17,7 +17,7 @@ from scconv.training.results import read_run
 
 SCCONV = "runs/cifar100-fast-epochs_15-scconv_resnet20-seed0.json"
 SPEED = "benchmark/network-cpu-float32.json"
-REDUNDANCY = "notebooks/05_redundancy-cifar100.json"
+REDUNDANCY = "inside/cifar100-fast-epochs_15-scconv_resnet20-seed0.json"
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def make_it_slow(benchmark):
 
 
 def make_it_diverse(content):
-    for row in content["measured"]["networks"]["scconv_resnet20-0"]["conv"]["correlation"]:
+    for row in content["redundancy"]["conv"]["correlation"]:
         row[0] = 0.1
 
 

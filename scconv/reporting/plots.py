@@ -112,15 +112,16 @@ def label_beside(ax: plt.Axes, text: str, point: tuple[float, float], side: str)
 
 
 def draw_accuracy_against_redundancy(table: pd.DataFrame) -> Figure:
-    """Test top-1 (%) against the mean correlation of channels, from `inside.tabulate_inside`: a point each network."""
+    """Test top-1 (%) against the mean correlation of channels, from `inside.tabulate_inside`: a point each seed."""
     fig, ax = plt.subplots(figsize=(6.5, 4.3))
     seen = table.dropna(subset=["correlation"]).sort_values("top1")
     apart, lowest = 9 * np.ptp(seen["top1"]), {"left": -np.inf, "right": -np.inf}  # labels, as above
-    for row in seen.itertuples():
-        side = "right" if row.correlation > seen["correlation"].agg(["min", "max"]).mean() else "left"
-        ax.plot(row.correlation, 100 * row.top1, "o", markersize=9, color=colour_of(row.network))
-        lowest[side] = max(100 * row.top1, lowest[side] + apart)
-        label_beside(ax, f"{display_name(row.network)}, seed {row.seed:.0f}", (row.correlation, lowest[side]), side)
+    for network, rows in seen.groupby("network", sort=False):
+        x, top1 = rows["correlation"], 100 * rows["top1"]
+        side = "right" if x.mean() > seen["correlation"].agg(["min", "max"]).mean() else "left"
+        ax.plot(x, top1, "o", markersize=9, color=colour_of(network))
+        lowest[side] = max(top1.mean(), lowest[side] + apart)
+        label_beside(ax, display_name(network), (x.min() if side == "right" else x.max(), lowest[side]), side)
     ax.set(xlabel="mean |correlation| of channels", ylabel="test top-1 (%)")
     ax.margins(0.12)
     return fig
