@@ -153,11 +153,11 @@ def answer_redundant(folder: Path = RESULTS) -> str:
     ranks = [redundancy(network, "rank", folder) for network in ("resnet20", "scconv_resnet20")]
     (narrow,) = redundancy("narrow_resnet20", "correlation", folder)
     bears_out((len(plain), len(ours)) == (2, 2), "two seeds each, and one of the narrow network")
-    bears_out(narrow < min(ours), "a plain network of the same size is less redundant")
+    bears_out(narrow < min(ours), "a narrow network of the same size is less redundant")
     bears_out(min(ours) > max(plain) and max(ranks[1]) < min(ranks[0]), "No, more: correlation up and rank down")
     return (
         f"**No, the opposite.** In ResNet-20 the mean correlation between channels is {listed(ours)} with SCConv and "
-        f"{listed(plain)} without (two seeds each), {narrow:.2f} in a plain one of the same size. "
+        f"{listed(plain)} without (two seeds each), {narrow:.2f} in a narrow one of the same size. "
         "([chapter 5](../notebooks/05_redundancy.ipynb))"
     )
 
