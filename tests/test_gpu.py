@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -226,9 +225,9 @@ def test_rehearsal(images, tmp_path):
     networks = "--networks resnet20 scconv_resnet20 --batch-size 32 --lr 0.01 --most 3"
     trained = lease(tmp_path, "train", ARGUMENTS=networks, **commit)
     assert trained.returncode == 0, trained.stdout + trained.stderr
+    (tmp_path / "checkout").mkdir()
     for part in ("check", "train"):
-        with tarfile.open(back / f"results-{part}.tgz") as packed:
-            packed.extractall(tmp_path / "checkout", filter="data")
+        subprocess.run(["tar", "xzf", back / f"results-{part}.tgz", "-C", tmp_path / "checkout"], check=True)
     results = tmp_path / "checkout" / "results"
     content = json.loads((results / "benchmark" / "network-cpu-bfloat16.json").read_text("utf-8"))
     assert (content["commit"], content["sha256"]) == (COMMIT, checksum(content))

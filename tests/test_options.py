@@ -58,6 +58,11 @@ RESULTS = {
     "recompute_hits": ["", "a.json", "pyproject.toml", "~no_such_user/a.json"],
     "data_root": [""],
 }
+OF_RUNS = {
+    "inside": {"images": [*WHOLE, "0"], "device": [*NAME, "tpu"], "data_root": [""], "overwrite": ["=1"]},
+    "ship": {"to": [""], "data_root": [""]},
+}
+RUN = Path(__file__).parents[1] / "results" / "runs" / "cifar100-fast-epochs_15-resnet20-seed0.json"
 LAYER = [name for name in inspect.signature(SCConv).parameters if not name.endswith("_channels")]
 
 
@@ -94,7 +99,9 @@ def test_every_option_is_here(capsys):
     assert [of.name for of in fields(Options)] == list(MALFORMED)
     assert options_of("train", capsys) == MALFORMED.keys()
     assert options_of("results", capsys) == RESULTS.keys()
-    assert COMMANDS.keys() == {"train", "results", "info"}
+    for name, malformed in OF_RUNS.items():
+        assert options_of(name, capsys) == malformed.keys()
+    assert COMMANDS.keys() == {"train", "results", "info", *OF_RUNS}
 
 
 @pytest.fixture
@@ -134,9 +141,22 @@ def test_a_malformed_value_for_results_is_refused(name, value, capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [(name, option, value) for name, of in OF_RUNS.items() for option, values in of.items() for value in values],
+)
+def test_a_malformed_value_for_a_command_on_runs_is_refused(name, option, value, monkeypatch, capsys):
+    monkeypatch.setattr(f"scconv.training.{name}.read_run", lambda path: pytest.fail("read a run"))
+    assert_refused([name, str(RUN), *flags(option, value)], capsys)
+
+
+@pytest.mark.parametrize(
     "words",
     [
         "info --all",
+        "inside",
+        "inside a.json",
+        "ship",
+        "ship a.json",
         "info resnet20",
         "nonsense",
         "--nonsense",

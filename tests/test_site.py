@@ -72,7 +72,8 @@ def watched(browser, size: str):
     page = browser.new_page(viewport=SIZES[size], reduced_motion="reduce")
     seen = []
     page.on("request", lambda r: seen.append(("request", r.url)))
-    page.on("requestfailed", lambda r: seen.append(("failed", r.url)))
+    # The browser gives up what it still loads when the test goes on to another page: that is no failure of the page's.
+    page.on("requestfailed", lambda r: seen.append(("failed", r.url)) if r.failure != "net::ERR_ABORTED" else None)
     page.on("pageerror", lambda error: seen.append(("error", str(error))))
     page.on("console", lambda m: seen.append(("error", m.text)) if m.type in ("error", "warning") else None)
     return page, seen
