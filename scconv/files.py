@@ -35,6 +35,14 @@ def atomic_file(path: Path, before_rename: Callable[[], None] | None = None) -> 
         temporary.unlink(missing_ok=True)
 
 
+def write_sealed(path: Path, content: dict) -> None:
+    """`content` as JSON, with its checksum as `sha256`; the folder is made where it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        sealed = {**content, "sha256": checksum(content)}
+        file.write((json.dumps(sealed, indent=1, allow_nan=False) + "\n").encode())
+
+
 def checksum(content: dict) -> str:
     """SHA-256 of a dict without its own `sha256`, whatever the order of its keys."""
     rest = {key: value for key, value in content.items() if key != "sha256"}

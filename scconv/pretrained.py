@@ -1,7 +1,7 @@
 """Weights of networks that this project trained on CIFAR-100, and of any file.
 
 `build_model("scconv_resnet20", weights="cifar100")` loads the small ones offline: they come with the package, in
-`scconv/weights/`. The large ones, as far as they are trained, are in `weights/` of the repository, which an installed
+`scconv/weights/`. The others, as far as they are trained, are in `weights/` of the repository, which an installed
 package does not have. Each file has the name of the run that wrote it, whose result is in `results/runs/`.
 """
 
@@ -18,7 +18,7 @@ from scconv.checks import one_line
 from scconv.files import CHECKOUT, expand
 
 FOLDER = Path(__file__).parent / "weights"
-LARGE = CHECKOUT / "weights"
+IN_CHECKOUT = CHECKOUT / "weights"
 # What the networks need and tell: the names of the 100 "classes" in the order of the logits, "mean" and "std" of the
 # training set's channels for `scconv.data.normalise`, and for each of the package's "networks" its files with their
 # SHA-256.
@@ -36,7 +36,7 @@ def read_manifest(folder: Path | None = None) -> dict:
     Raises:
         ValueError: it cannot be read.
     """
-    path = (folder or LARGE) / "manifest.json"
+    path = (folder or IN_CHECKOUT) / "manifest.json"
     if not path.exists():
         return {"networks": {}}
     try:
@@ -54,7 +54,7 @@ def list_pretrained() -> dict[str, dict[str, dict]]:
     its file is the run's own.
     """
     found, own = {}, {"classes": len(CIFAR100["classes"]), "small_images": True}
-    for folder, networks in ((FOLDER, CIFAR100["networks"]), (LARGE, read_manifest()["networks"])):
+    for folder, networks in ((FOLDER, CIFAR100["networks"]), (IN_CHECKOUT, read_manifest()["networks"])):
         for network, entries in networks.items():
             for name, entry in entries.items():
                 found.setdefault(network, {}).setdefault(name, {**own, **entry, "path": folder / entry["file"]})

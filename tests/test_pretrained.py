@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from scconv import pretrained
 from scconv.data import channel_statistics, load_data
 from scconv.models import build_model
-from scconv.pretrained import CIFAR100, FOLDER, LARGE, list_pretrained, read_manifest
+from scconv.pretrained import CIFAR100, FOLDER, IN_CHECKOUT, list_pretrained, read_manifest
 from scconv.training import evaluate
 
 RUNS = Path(__file__).parents[1] / "results" / "runs"
@@ -40,8 +40,8 @@ def test_baseline_and_scconv_are_shipped():
 
 
 def test_nothing_lies_there_unlisted_or_too_large():
-    most = {FOLDER: 4e6, LARGE: 99 * 2**20}  # bytes together
-    for folder, networks in ((FOLDER, CIFAR100["networks"]), (LARGE, read_manifest()["networks"])):
+    most = {FOLDER: 4e6, IN_CHECKOUT: 99 * 2**20}  # bytes together
+    for folder, networks in ((FOLDER, CIFAR100["networks"]), (IN_CHECKOUT, read_manifest()["networks"])):
         listed = [entry["file"] for entries in networks.values() for entry in entries.values()]
         found = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
         assert sorted(found) == sorted(listed)

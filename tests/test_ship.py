@@ -48,7 +48,7 @@ def trained(digits, tmp_path_factory) -> Path:
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
     """What stands for the checkout's weights/."""
-    monkeypatch.setattr(pretrained, "LARGE", tmp_path / "weights")
+    monkeypatch.setattr(pretrained, "IN_CHECKOUT", tmp_path / "weights")
     return tmp_path / "weights"
 
 
@@ -253,7 +253,7 @@ def test_a_packed_file_is_compared_with_the_manifest_and_the_run(run, place):
 def test_without_the_checkout_one_line_says_where_more_is(tmp_path, monkeypatch, capsys, trained):
     monkeypatch.setattr(pretrained, "CHECKOUT", tmp_path)
     monkeypatch.setattr("scconv.training.ship.CHECKOUT", tmp_path)
-    monkeypatch.setattr(pretrained, "LARGE", tmp_path / "weights")
+    monkeypatch.setattr(pretrained, "IN_CHECKOUT", tmp_path / "weights")
     says = r"not shipped for resnet50; there are .*; the repository may have more: git clone https://\S+$"
     with pytest.raises(ValueError, match=says):
         build_model("resnet50", weights="cifar100")

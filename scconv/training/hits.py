@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from scconv.data import load_data, test_image_ids
-from scconv.files import atomic_file, checksum, expand
+from scconv.files import checksum, expand, write_sealed
 from scconv.training.metrics import evaluate_each
 from scconv.training.paired import pack_hits
 from scconv.training.provenance import device_name, find_commit, find_tree
@@ -47,11 +47,8 @@ def recompute_hits(path: str | Path, data_root: str | Path | None = None) -> Pat
         "tree": find_tree(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    content["sha256"] = checksum(content)
     target = hits_path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(target) as file:
-        file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+    write_sealed(target, content)
     return target
 
 

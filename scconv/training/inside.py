@@ -21,7 +21,7 @@ from scconv.analysis.gates import gates_by_layer
 from scconv.analysis.networks import measure_network
 from scconv.checks import OneLineParser, check_at_least, check_at_most, not_empty
 from scconv.data import ImageData, Photographs, load_data, normalise, pick_test_images
-from scconv.files import atomic_file, checksum, expand
+from scconv.files import checksum, expand, write_sealed
 from scconv.layers import SRU, SCConv
 from scconv.training.provenance import device_name, find_commit, find_tree
 from scconv.training.recipes import Recipe, build_optimizer, build_schedule
@@ -112,12 +112,8 @@ def record_inside(
     if there and not overwrite:
         raise ValueError(f"{there[0]}: is there already; --overwrite replaces it")
     for path in paths:
-        content = {**describe_inside(path, images, device, data_root), **code}
-        content["sha256"] = checksum(content)
         target = inside_path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(target) as file:
-            file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+        write_sealed(target, {**describe_inside(path, images, device, data_root), **code})
         yield target
 
 
