@@ -14,7 +14,10 @@ written also has the quartiles.
     scconv+layers  after compile_scconv: SCConv compiled, the rest of the network operator by operator
     floor          the network without the 3×3s that keep the width: nothing in their place, or an average pool
 
-    dense         a trial: SCConv with GWC and PWC1 as one dense convolution (dense.py); only where it is asked for
+Only where they are asked for:
+
+    dense         a trial: SCConv with GWC and PWC1 as one dense convolution (dense.py)
+    earlier       a network of the package as it was at the commit --earlier (earlier.py)
 
 "+compile" is the same under torch.compile. "scconv+compile" of a layer is compile_scconv; of a network it is
 compile_scconv and torch.compile around all of it, which takes the layers into its graph. "+folded" has batch norms
@@ -39,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from counts import Traffic, saved_bytes
 from dense import make_dense
+from earlier import earlier_build_model, full_commit
 from popular import PopularSCConv, make_popular
 from torch import Tensor, nn
 
@@ -70,6 +74,7 @@ FORMS = {
 }  # fmt: skip
 FORMS["memory"] = FORMS["layer"]
 TRIALS = {"dense+compile": "SCConv, GWC and PWC1 as one dense convolution, torch.compile"}
+EARLIER = {"earlier": "the earlier package, eager", "earlier+compile": "the earlier package, torch.compile"}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # With glibc's defaults freed memory goes back to the system, and page faults on the next use drown what is measured.
 ALLOCATOR = {
@@ -93,6 +98,8 @@ def build_network(form: str, channels: int, arguments: argparse.Namespace) -> nn
     common = {"num_classes": 100, "small_images": True}
     if kind == "popular":
         return make_popular(build_model(arguments.network, **common, fusion="global", bias=True))
+    if kind == "earlier":
+        return earlier_build_model(arguments.earlier)(arguments.network, **common)
     if kind in ("plain", "scconv", "dense"):
         model = build_model(arguments.network, **common)
         return make_dense(model, arguments.dense_up_to) if kind == "dense" else model
@@ -317,15 +324,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="of the layer 30, of the network 15")
     parser.add_argument("--compile-mode", default="default", help="of torch.compile, such as reduce-overhead")
     parser.add_argument("--dense-up-to", type=int, metavar="C", help="of the trial: where X_up has at most C channels")
+    parser.add_argument("--earlier", metavar="COMMIT", help="of the forms earlier and earlier+compile of a network")
     parser.add_argument("--quick", action="store_true", help="three rounds of little; to see that all works")
     parser.add_argument("--turns", type=Path, metavar="FOLDER", help="of several processes one measures at a time")
     parser.add_argument("--out", type=Path, default=RESULTS / "benchmark", help="a folder, or a file's name in .json")
     arguments = parser.parse_args(argv)
     what, quick = arguments.what, arguments.quick
-    known = [*FORMS[what], *TRIALS]
+    known = [*FORMS[what], *TRIALS, *(EARLIER if what == "network" else [])]
     arguments.forms = arguments.forms or [form for form in FORMS[what] if not (quick and form.endswith(COMPILED))]
     if BASE not in arguments.forms or not set(arguments.forms) <= set(known):
         parser.error(f"--forms {' '.join(arguments.forms)}: must be {BASE} and some of {', '.join(known[1:])}")
+    if bool(arguments.earlier) != bool(set(EARLIER) & set(arguments.forms)):
+        parser.error("--earlier COMMIT and the forms earlier and earlier+compile go together")
+    try:
+        arguments.earlier = arguments.earlier and full_commit(arguments.earlier)
+    except ValueError as error:
+        parser.error(f"--earlier {error}")
     if arguments.compile_mode != "default" and "scconv+layers" in arguments.forms:
         parser.error(f"--compile-mode {arguments.compile_mode}: compile_scconv has no mode, leave out scconv+layers")
     formats = ["channels_last"] if what == "network" else ["contiguous"] if what == "memory" else list(FORMATS)
@@ -384,7 +398,7 @@ def main() -> None:
         rows = list(time_all(shapes, build_layer, layer_call, arguments))
     else:
         rows = list(time_all(shapes, build_network, network_call, arguments))
-    forms = {form: (FORMS[arguments.what] | TRIALS)[form] for form in arguments.forms}
+    forms = {form: (FORMS[arguments.what] | TRIALS | EARLIER)[form] for form in arguments.forms}
     training = "forward and backward" + ", cross-entropy included, no optimiser" * (arguments.what == "network")
     path = arguments.out if arguments.out.suffix == ".json" else arguments.out / f"{file_name(arguments)}.json"
     write(path, {"what": arguments.what, "forms": forms, "rows": rows, "training": training}, arguments, start)
@@ -398,6 +412,7 @@ def file_name(arguments: argparse.Namespace) -> str:
     unlike += [f"{arguments.threads}threads"] if arguments.threads > 1 else []
     unlike += [f"batch{arguments.batch}"] if arguments.batch else []
     unlike += [arguments.compile_mode] if arguments.compile_mode != "default" else []
+    unlike += [f"beside_{arguments.earlier[:7]}"] if arguments.earlier else []
     unlike += ["dense"] if set(TRIALS) & set(arguments.forms) else []
     return "-".join([arguments.what, arguments.device, arguments.dtype, *unlike])
 

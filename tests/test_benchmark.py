@@ -22,6 +22,7 @@ ORACLES = Path(__file__).parent / "oracles"
 sys.path.insert(0, str(BENCHMARK))
 
 from counts import Traffic, saved_bytes  # noqa: E402
+from earlier import earlier_build_model, full_commit  # noqa: E402
 from popular import PopularSCConv, make_popular, reconstruct  # noqa: E402
 
 
@@ -62,6 +63,25 @@ def test_a_network_in_popular_order_computes_the_same():
         expected = model(x)
         assert_close(make_popular(model)(x), expected, rtol=1e-10, atol=1e-10)
     assert sum(type(layer) is PopularSCConv for layer in model.modules()) == 18
+
+
+@pytest.mark.skipif(not (BENCHMARK.parent / ".git").exists(), reason="a copy of the files has no earlier commits")
+def test_an_earlier_package_stands_beside_todays():
+    """Its own modules, also in their own imports; the commit is this one, so that it computes the same."""
+    model = build_model("scconv_resnet20").eval()
+    earlier = earlier_build_model(full_commit("HEAD"))("scconv_resnet20").eval()
+    earlier.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert_close(earlier(x), model(x), rtol=0, atol=0)
+    modules = {type(layer).__module__ for layer in earlier.modules()}
+    assert not any(name.startswith("scconv.") for name in modules)
+    assert any(name.startswith(f"scconv_{full_commit('HEAD')[:8]}.layers") for name in modules)
+
+
+def test_an_earlier_commit_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"^nowhere: no commit of this repository$"):
+        full_commit("nowhere")
 
 
 UNIT = 2 * 8 * 6 * 6 * 4  # bytes of the x below
