@@ -28,12 +28,12 @@ from sphinx.testing.util import SphinxTestApp  # noqa: E402
 from tex_typst import tex_to_typst  # noqa: E402
 
 FORMS = ("report", "slides", "proposal")
-BOOK = '''
+BOOK = """
 extensions = ["myst_parser", "sphinxcontrib.bibtex", "scconv_print"]
 myst_enable_extensions = ["dollarmath"]
 bibtex_bibfiles = ["book/references.bib"]
 html_theme, html_title, author, root_doc = "basic", "A book", "Its authors", "book/proposal"
-'''
+"""
 REFERENCES = "\n\n## References\n\n```{bibliography}\n:filter: docname in docnames\n:keyprefix: NAME-\n```\n"
 
 
@@ -137,7 +137,7 @@ def test_a_page_is_printed_with_all_that_it_says(tmp_path):
     site = tmp_path / "_build" / "html"
     text = all_text("proposal", site)
     assert numbers(text)[:4] == ["1.25", "−37.5%", "2", "3,141"]  # the 2 is the formula's exponent
-    assert 'one # $ [ ] \\' in text  # nothing that a page says is taken for Typst's markup
+    assert "one # $ [ ] \\" in text  # nothing that a page says is taken for Typst's markup
     assert "J. Li, Y. Wen, and L. He" in text
     assert b"pdfuaid:part" in (site / "proposal.pdf").read_bytes()  # claims PDF/UA, which Typst checks
 
