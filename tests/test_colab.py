@@ -208,6 +208,7 @@ def test_a_notebook_alone_runs_with_the_installed_package(installed):
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", colab.NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_a_wheel_lacks_is_said_first(installed, path):
     environ, folder = installed

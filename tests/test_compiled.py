@@ -199,6 +199,7 @@ def test_a_compiled_layer_equals_the_text(options, calls):
     assert calls == ["fast", "fast"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_a_network_that_is_compiled_as_a_whole_has_the_fast_form_inside(mode, monkeypatch):
     calls = []
@@ -257,6 +258,7 @@ def test_an_empty_batch_passes():
         assert quick(randn(0, 8, 4, 4)).shape == (0, 8, 4, 4)
 
 
+@pytest.mark.slow
 def test_autocast_computes_the_convolutions_in_its_type(calls):
     layer, x = build(32, 32).float(), randn(4, 32, 8, 8).float()
     quick = fast(layer)
@@ -381,7 +383,9 @@ def test_other_layers_are_left_and_named(layer, reason):
 
 
 @pytest.mark.parametrize("change", CHANGES | READ)
-@pytest.mark.parametrize("whole", [False, True], ids=["alone", "in a compiled network"])
+@pytest.mark.parametrize(
+    "whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["alone", "in a compiled network"]
+)
 def test_what_changes_after_the_swap_has_its_effect(change, whole):
     if whole and ("hook" in change or change == "pruning") and torch.__version__ < "2.14":
         pytest.skip("Dynamo then misses hooks that a module of a compiled network gets later, whatever the module")
@@ -526,7 +530,7 @@ def test_a_directional_derivative_of_the_whole_is_right_in_compiled_code(with_gr
     assert_close(found.detach(), torch.func.jvp(layer, (x,), (x,))[1].detach(), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tool", SECOND.values(), ids=SECOND)
 def test_second_derivatives_are_refused_in_one_line(tool, backend):
     layer, x = build(8, 8, gn_groups=2), randn(1, 8, 3, 3)

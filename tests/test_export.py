@@ -62,6 +62,7 @@ def test_trained_network_for_any_number_of_images(tmp_path):
         check_same(logits, model(images), has_gates=True)
 
 
+@pytest.mark.slow
 def test_a_wrong_gate_would_be_noticed(tmp_path):
     """The comparison is not too wide: a threshold of 0.499 in place of 0.5 fails it."""
     images = torch.randn(10, 3, 32, 32)

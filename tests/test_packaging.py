@@ -67,6 +67,7 @@ def run_with_torch_alone(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_the_layer_needs_torch_alone():
     done = run_with_torch_alone(USE)
     assert done.returncode == 0, done.stderr
@@ -77,6 +78,7 @@ def test_the_layer_needs_torch_alone():
     ]
 
 
+@pytest.mark.slow
 def test_a_network_without_torchvision_names_the_extra():
     done = run_with_torch_alone("from scconv import build_model")
     last = done.stderr.splitlines()[-1]
@@ -84,6 +86,7 @@ def test_a_network_without_torchvision_names_the_extra():
     assert re.fullmatch(says, last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["scconv", "train"], ["scconv.train"]], ids=" ".join)
 def test_training_without_its_extra_is_one_line(words):
     done = run_with_torch_alone(*words, "--model", "resnet20", "--data", "digits")
@@ -93,6 +96,7 @@ def test_training_without_its_extra_is_one_line(words):
     assert re.fullmatch(r"scconv train: needs \w+; pip install ['\"]scconv\[train\]['\"]", line)
 
 
+@pytest.mark.slow
 def test_names_are_loaded_when_they_are_first_used():
     script = "import sys, scconv; print('torch' in sys.modules); scconv.SCConv; print('scconv.models' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)

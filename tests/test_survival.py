@@ -33,6 +33,7 @@ from scconv.training import stop as stop_module
 from scconv.training.command import main
 from scconv.training.recipes import QUICK, SHORT
 
+pytestmark = pytest.mark.slow  # nearly every one trains
 RECIPE = replace(QUICK, epochs=3, batch_size=32)
 STEPS = 12
 # All runs get one thread, here and in the commands: another number rounds sums in another order.
@@ -102,7 +103,6 @@ def times_of_checkpoints(folder: Path) -> set[int]:
 # ---- killed and stopped --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_killed_five_times_at_random_moments(undisturbed, tmp_path):
     """Each time it is killed a random moment after it has written another checkpoint; one is written at each step."""
     waits = random.Random(0)
@@ -146,7 +146,6 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     assert_same(tmp_path, undisturbed)
 
 
-@pytest.mark.slow
 def test_a_run_of_growing_images_ends_with_the_same_bits_wherever_it_was_stopped(tmp_path, monkeypatch):
     """Stopped within the second size and after it: 8, 12 and 16 pixels, an epoch each."""
     data = load_data("digits", image_size=16)
@@ -272,7 +271,6 @@ def family(process: subprocess.Popen) -> list[int]:
     return sorted(map(int, found), reverse=True)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("pgrep"), reason="no pgrep on this machine")
 @pytest.mark.parametrize(
     ("method", "number", "to"),
@@ -624,7 +622,6 @@ def one_process(tmp_path_factory):
     return result, weights
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [f"{LAUNCH} --multi_gpu", "torch.distributed.run --standalone --nproc_per_node 2"])
 def test_two_processes_do_what_one_does(launcher, one_process, tmp_path):
     """In float64, to the rounding of sums that are taken in another order."""
@@ -645,7 +642,6 @@ def test_two_processes_do_what_one_does(launcher, one_process, tmp_path):
 # ---- the chapter that trains ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_full_tier_of_the_chapter_on_training_goes_on_where_it_was(tmp_path, monkeypatch):
     """Its cell, with small networks and digits: interrupted in the second run, run again, and once more."""
     chapter = json.loads((Path(__file__).parents[1] / "notebooks" / "06_training.ipynb").read_text(encoding="utf-8"))

@@ -419,6 +419,7 @@ def test_the_tracker_shows_the_history_and_changes_no_number(finished, digits, t
     assert "tracker" not in (result["command"] or "")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_its_curves(finished, digits, tmp_path, monkeypatch):
     """An epoch that was logged but not saved is trained again, and shown once; one of a run before, not at all."""
     run_tiny(digits, tmp_path, tracker="tensorboard", recipe=replace(TINY, momentum=0.5))
