@@ -22,7 +22,8 @@ def info() -> int:
     from scconv.models import APPENDED, CIFAR_DEPTHS, EQUAL_SIZE, TORCHVISION, WIDTHS
     from scconv.pretrained import list_pretrained
 
-    weights = [f"{network}, weights={name!r}" for network, names in list_pretrained().items() for name in names]
+    trained = list_pretrained()
+    weights = dict.fromkeys(name for names in trained.values() for name in names)
     print(f"scconv {__version__}: SCConv (CVPR 2023), reproduced in PyTorch")
     print("\nfrom scconv import SRU, CRU, SCConv, replace_conv3x3, build_model, compile_scconv")
     print("\nNetworks, for build_model(NAME):")
@@ -32,7 +33,8 @@ def info() -> int:
     print(f"  baselines as large as {' '.join(f'scconv_{base}' for base in WIDTHS)}:")
     print(f"  each of these with one of {' '.join(f'{kind}_' for kind in EQUAL_SIZE)} in place of scconv_")
     print("\nTrained on CIFAR-100, for build_model(NAME, weights=...):")
-    print("\n".join(f"  {line}" for line in weights))
+    for name in weights:
+        print(f"  weights={name!r}: {' '.join(network for network, names in trained.items() if name in names)}")
     print("\nCommands:")
     print("\n".join(f"  scconv {command:8} {what}" for command, what in COMMANDS.items()))
     return 0

@@ -31,8 +31,9 @@ def test_lists_networks_weights_and_commands(capsys):
     assert names == set(model_names())
     shipped = [(network, name) for network, names in list_pretrained().items() for name in names]
     assert shipped
+    listed = dict(re.findall(r"^  weights='(\S+)': (.*)$", printed, flags=re.MULTILINE))
+    assert {(network, name) for name, networks in listed.items() for network in networks.split()} == set(shipped)
     for network, name in shipped:
-        assert f"\n  {network}, weights={name!r}\n" in printed
         build_model(network, weights=name)
     assert len(printed.splitlines()) < 25
 
