@@ -184,8 +184,8 @@ def test_the_plan_fits_the_time():
     assert train_four.epochs_that_fit(6, ["a"], times, data, how, most=60) is None
 
 
-def lease(folder: Path, part: str, **environment) -> subprocess.CompletedProcess:
-    command = ["bash", "benchmark/gpu/lease.sh", part, "550"]
+def call(folder: Path, part: str, **environment) -> subprocess.CompletedProcess:
+    command = ["bash", "benchmark/gpu/calls.sh", part, "550"]
     settings = {"OUT": str(folder / "out"), "STATE": str(folder / "state"), "DEVICE": "cpu", "PYTHON": sys.executable}
     settings |= {
         "QUICK": "--quick",
@@ -208,9 +208,9 @@ def copy_without_git(folder: Path) -> None:
 def test_refuses_a_result_without_a_commit(tmp_path):
     copy_without_git(tmp_path)
     for commit in ("", f"{COMMIT}-dirty"):
-        done = lease(tmp_path, "check", SCCONV_COMMIT=commit, SCCONV_TREE=TREE)
+        done = call(tmp_path, "check", SCCONV_COMMIT=commit, SCCONV_TREE=TREE)
         assert done.returncode == 2
-        assert done.stdout.startswith(f"lease.sh: '{commit}': SCCONV_COMMIT and SCCONV_TREE must be 40 hexadecimal")
+        assert done.stdout.startswith(f"calls.sh: '{commit}': SCCONV_COMMIT and SCCONV_TREE must be 40 hexadecimal")
 
 
 @pytest.mark.slow
@@ -220,10 +220,10 @@ def test_rehearsal(images, tmp_path):
     copy_without_git(tmp_path)
     cifar_halves.pack(images, tmp_path / "tree" / "data" / "gpu")
     commit, back = {"SCCONV_COMMIT": COMMIT, "SCCONV_TREE": TREE}, tmp_path / "out"
-    checked = lease(tmp_path, "check", **commit)
+    checked = call(tmp_path, "check", **commit)
     assert "check plain: 8 cases, 0 beyond the limit" in checked.stdout, checked.stdout + checked.stderr
     networks = "--networks resnet20 scconv_resnet20 --batch-size 32 --lr 0.01 --most 3"
-    trained = lease(tmp_path, "train", ARGUMENTS=networks, **commit)
+    trained = call(tmp_path, "train", ARGUMENTS=networks, **commit)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     (tmp_path / "checkout").mkdir()
     for part in ("check", "train"):

@@ -1,7 +1,7 @@
 #!/bin/bash
 # One call on a GPU machine, from the root of a copy of the tree there; README.md beside this says which calls, and when.
 #
-#   SCCONV_COMMIT=… SCCONV_TREE=… OUT=FOLDER bash benchmark/gpu/lease.sh PART SECONDS
+#   SCCONV_COMMIT=… SCCONV_TREE=… OUT=FOLDER bash benchmark/gpu/calls.sh PART SECONDS
 #
 #   check     right or wrong; one network timed; keeps the first half of the images
 #   train     the second half; four networks on CIFAR-100
@@ -25,7 +25,7 @@ export TORCHINDUCTOR_CACHE_DIR=$state/inductor TRITON_CACHE_DIR=$state/triton TO
 
 # A result must say which code made it, and no .git comes along.
 for id in "$SCCONV_COMMIT" "$SCCONV_TREE"; do
-  [[ $id =~ ^[0-9a-f]{40}$ ]] || { echo "lease.sh: '$id': SCCONV_COMMIT and SCCONV_TREE must be 40 hexadecimal digits each"; exit 2; }
+  [[ $id =~ ^[0-9a-f]{40}$ ]] || { echo "calls.sh: '$id': SCCONV_COMMIT and SCCONV_TREE must be 40 hexadecimal digits each"; exit 2; }
 done
 
 left() { echo $((limit - SECONDS - ${1:-8})); }
@@ -83,7 +83,7 @@ check)
   ;;
 train)
   if [ ! -e "$state/data/cifar100/test.npz" ]; then
-    [ -e "$state/a.npz" ] || { echo "lease.sh: the first half of the images is not on this machine, call: lease.sh check 60"; exit 3; }
+    [ -e "$state/a.npz" ] || { echo "calls.sh: the first half of the images is not on this machine, call: calls.sh check 60"; exit 3; }
     $python $here/cifar_halves.py unpack data/gpu/b/half.npz "$state/b.npz" && $python $here/cifar_halves.py join "$state/data" "$state/a.npz" "$state/b.npz" || exit 4
   fi
   job four "$limit" $python $here/train_four.py "$(left 15)" --out "$back/results/runs" --weights "$state/weights" ${ARGUMENTS:-}
@@ -111,6 +111,6 @@ kernels)  # ratios to the 3×3 of the same run, to hold against those of network
     --forms 3x3 plain stock scconv $quick --out "$back/kernels-8ba412e.json"
   ;;
 weights) send_weights ;;
-*) echo "lease.sh: $part: must be check, train, trials, batch, layer, kernels or weights"; exit 2 ;;
+*) echo "calls.sh: $part: must be check, train, trials, batch, layer, kernels or weights"; exit 2 ;;
 esac
 tail -n 3 "$back"/logs/*.log | cut -c1-200 | tail -n 60
