@@ -26,7 +26,6 @@ folded into the layers before them, by fuse_for_inference. The file says which f
 
 import argparse
 import gc
-import json
 import os
 import platform
 import statistics
@@ -48,7 +47,7 @@ from torch import Tensor, nn
 
 from scconv import SCConv, compile_scconv
 from scconv.compiled import CompiledSCConv
-from scconv.files import atomic_file, checksum
+from scconv.files import write_sealed
 from scconv.inference import fuse_for_inference
 from scconv.models import build_model
 from scconv.reporting.recorded import RESULTS
@@ -430,10 +429,7 @@ def write(path: Path, content: dict, arguments: argparse.Namespace, start: float
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": time.monotonic() - start,
     }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        content["sha256"] = checksum(content)
-        file.write((json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_sealed(path, content)
 
 
 if __name__ == "__main__":

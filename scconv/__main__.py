@@ -4,6 +4,7 @@ import codecs
 import io
 import os
 import sys
+from importlib import import_module
 
 from scconv import __version__
 from scconv.extras import name_extra
@@ -15,6 +16,9 @@ COMMANDS = {
     "inside": "what trained networks do inside, into results/inside; --help lists the options",
     "ship": "pack a finished run's network into weights/; --help lists the options",
 }
+PLACES = {  # of each one's `main`
+    "train": "training.command", "results": "reporting.tables", "inside": "training.inside", "ship": "training.ship",
+}  # fmt: skip
 
 
 def info() -> int:
@@ -68,22 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(command: str, rest: list[str]) -> int:
-    if command == "train":
-        from scconv.training.command import main as train
-
-        return train(rest)
-    if command == "results":
-        from scconv.reporting.tables import main as results
-
-        return results(rest)
-    if command == "inside":
-        from scconv.training.inside import main as inside
-
-        return inside(rest)
-    if command == "ship":
-        from scconv.training.ship import main as ship
-
-        return ship(rest)
+    if command in PLACES:
+        return import_module(f"scconv.{PLACES[command]}").main(rest)
     if command in ("info", "-h", "--help") and not rest:
         return info()
     print(f"scconv: {' '.join([command, *rest])}: must be one of {', '.join(COMMANDS)}", file=sys.stderr)

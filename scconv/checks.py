@@ -3,16 +3,10 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterable
 
 
 def one_line(words: object) -> str:
     return " ".join(str(words).split())
-
-
-def check_choice(argument: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{argument}={value!r}: must be one of {', '.join(allowed)}")
 
 
 def check_at_least(least: int, **values: float | None) -> None:

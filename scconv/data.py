@@ -5,9 +5,7 @@ augmentation is a function of that batch on its device. Photographs (Food-101) a
 worker processes. In both, everything random is a function of (seed, epoch) alone, or of (seed, epoch, image): there is
 no generator whose state a resumed run would have to restore, and several processes draw what one process draws.
 
-Where sets are looked for: `root`, else the environment variable SCCONV_DATA, else `data` in this project's checkout,
-for its notebooks and its commands alike, else, with an installed package, ./data. Nothing is downloaded unless
-`download=True`.
+`load_data` says where sets are looked for. Nothing is downloaded unless `download=True`.
 """
 
 import hashlib
@@ -27,8 +25,9 @@ from torchvision.datasets import CIFAR100, Food101
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
-from scconv.checks import check_at_least, check_at_most, check_choice, one_line
+from scconv.checks import check_at_least, check_at_most, one_line
 from scconv.files import CHECKOUT, atomic_file, expand
+from scconv.layers import check_choice
 from scconv.workers import batches_of, leave_signals_to_main
 
 IMAGE_SIZES = {"digits": 32, "cifar100": 32, "food101": 224}  # pixels, unless another size is asked for

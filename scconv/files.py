@@ -35,12 +35,30 @@ def atomic_file(path: Path, before_rename: Callable[[], None] | None = None) -> 
         temporary.unlink(missing_ok=True)
 
 
-def write_sealed(path: Path, content: dict) -> None:
-    """`content` as JSON, with its checksum as `sha256`; the folder is made where it is not there."""
+def write_sealed(path: Path, content: dict) -> dict:
+    """`content` as JSON, with its checksum as `sha256`, which is returned; makes the folder where it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    sealed = {**content, "sha256": checksum(content)}
     with atomic_file(path) as file:
-        sealed = {**content, "sha256": checksum(content)}
         file.write((json.dumps(sealed, indent=1, allow_nan=False) + "\n").encode())
+    return sealed
+
+
+def read_sealed(path: Path) -> dict:
+    """What `write_sealed` wrote. ValueError where the file cannot be read, or is not as it was written."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        whole = content["sha256"] == checksum(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    if not whole:
+        raise ValueError(f"{path}: not as it was written, its checksum differs")
+    return content
+
+
+def beside(run_path: Path, folder: str) -> Path:
+    """The file of the same name in `folder`, beside the folder of the result files."""
+    return run_path.resolve().parents[1] / folder / run_path.name
 
 
 def checksum(content: dict) -> str:

@@ -28,7 +28,7 @@ from scconv.compiled import (
     rewrite,
     run_compiled,
 )
-from scconv.layers import SCConv, WeightedGroupNorm, check_input
+from scconv.layers import SRU, SCConv, WeightedGroupNorm, check_input
 
 fx.wrap("check_input")  # torch.fx does not look inside, where it could not follow
 
@@ -38,7 +38,7 @@ class FoldedSCConv(nn.Module):
 
     Computes in the precision of its weights, under autocast too. It has no gradients: asking for one is an error.
 
-    Its parts are a group norm and five convolutions. They are called one by one, which is slower, wherever one of them
+    Its parts are an SRU and five convolutions. They are called one by one, which is slower, wherever one of them
     has a hook or was changed, where a gradient may be asked for (under torch.compile: wherever torch.no_grad is off),
     and under torch.vmap, torch.fx, torch.export and torch.jit.trace. What the last three write down has gradients.
     """
@@ -56,7 +56,7 @@ class FoldedSCConv(nn.Module):
             gwc, pwc_up = gwc * factor[:, None, None, None], pwc_up * factor[:, None, None, None]
             bias, lower = None if bias is None else bias * factor, lower * factor[:, None]
         plan = self.plan
-        self.gn = copy.deepcopy(scconv.sru.gn).requires_grad_(False)
+        self.sru = copy.deepcopy(scconv.sru).requires_grad_(False)
         self.squeeze_up, self.squeeze_low, self.pwc_up = map(_convolution, (squeeze_up, squeeze_low, pwc_up))
         self.gwc = _convolution(gwc, bias, plan.stride, plan.padding, plan.dilation, plan.groups)
         self.lower = _convolution(lower[:, :, None, None])  # [PWC2; I] of Eq. (6)
@@ -75,8 +75,8 @@ class FoldedSCConv(nn.Module):
     def can_be_rewritten(self, x: Tensor) -> bool:
         """Whether the parts are plain, and nobody may ask for a derivative."""
         pointwise = {name: getattr(self, name) for name in ("squeeze_up", "squeeze_low", "pwc_up", "lower")}
-        reason = reason_in_parts({"gn": (self.gn, WeightedGroupNorm)}, self.gwc, pointwise)
-        if reason or is_too_small(x, self.gn, self.gwc):
+        units = {"sru": (self.sru, SRU), "gn": (self.sru.gn, WeightedGroupNorm)}
+        if reason_in_parts(units, self.gwc, pointwise) or is_too_small(x, self.sru.gn, self.gwc):
             return False
         if torch.compiler.is_compiling():  # it does not tell whether torch.func differentiates
             return not torch.is_grad_enabled()
@@ -91,7 +91,7 @@ class FoldedSCConv(nn.Module):
             raise ValueError(f"input of {x.dtype}: must be {dtype}, as the weights are")
         wide = torch.promote_types(dtype, torch.float32)
         tensors = (
-            *gate_affine(self.gn.weight, self.gn.bias, wide), self.squeeze_up.weight, self.squeeze_low.weight,
+            *gate_affine(self.sru.gn.weight, self.sru.gn.bias, wide), self.squeeze_up.weight, self.squeeze_low.weight,
             self.gwc.weight, self.pwc_up.weight, self.gwc.bias, self.lower.weight.flatten(1),
         )  # fmt: skip
         compiler = None if torch.compiler.is_compiling() else self.compiler
@@ -100,15 +100,9 @@ class FoldedSCConv(nn.Module):
             return run_compiled(rewrite, self, *arguments) if compiler else rewrite(*arguments)
 
     def part_by_part(self, x: Tensor) -> Tensor:
-        """Eq. (1)-(9) as a group norm and five convolutions."""
-        plan, z = self.plan, self.gn(x)  # (1) and (2), (N, C1, H, W)
-        informative, weight = z > plan.threshold, torch.sigmoid(z)
-        w1 = torch.where(informative, 1.0, weight if plan.soft else 0.0)  # (3)
-        w2 = torch.where(informative, 0.0, weight if plan.soft else 1.0)
-        x11, x12 = (w1.to(x.dtype) * x).chunk(2, dim=1)
-        x21, x22 = (w2.to(x.dtype) * x).chunk(2, dim=1)
-        x = torch.cat([x11 + x22, x21 + x12], dim=1)  # (4)
-        x_up, x_low = x.split([plan.up_channels, self.in_channels - plan.up_channels], dim=1)
+        """The SRU, and Eq. (5)-(9) as five convolutions."""
+        up_channels = self.plan.up_channels
+        x_up, x_low = self.sru(x).split([up_channels, self.in_channels - up_channels], dim=1)
         x_up = self.squeeze_up(x_up)
         y1 = self.gwc(x_up) + self.pwc_up(self.at_centre(x_up))  # (5), (N, C2, H', W')
         y2 = self.lower(self.squeeze_low(self.at_centre(x_low)))  # (6)

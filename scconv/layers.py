@@ -11,6 +11,7 @@ This is the code that runs, part by part, so hooks on every part fire. `scconv.c
 """
 
 import math
+from collections.abc import Iterable
 from numbers import Real
 from operator import index
 
@@ -87,7 +88,7 @@ class SRU(nn.Module):
         super().__init__()
         channels, gn_groups = whole("channels", channels), whole("gn_groups", gn_groups)
         gate_threshold = _fraction("gate_threshold", gate_threshold)
-        _check_choice("gate", gate, GATES)
+        check_choice("gate", gate, GATES)
         if channels % 2:
             raise ChannelError(f"channels={channels}: cross-reconstruction needs an even number")
         if channels % gn_groups:
@@ -174,7 +175,7 @@ class CRU(nn.Module):
         in_channels, out_channels = whole("in_channels", in_channels), whole("out_channels", out_channels)
         squeeze_ratio, gwc_groups = whole("squeeze_ratio", squeeze_ratio), whole("gwc_groups", gwc_groups)
         alpha = _fraction("alpha", alpha)
-        _check_choice("fusion", fusion, FUSIONS)
+        check_choice("fusion", fusion, FUSIONS)
         geometry = _geometry(kernel_size, stride, padding, dilation)
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -296,7 +297,7 @@ class SCConv(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_choice("order", order, ORDERS)
+        check_choice("order", order, ORDERS)
         in_channels, out_channels = whole("in_channels", in_channels), whole("out_channels", out_channels)
         if whole("groups", groups) != 1:
             raise ValueError(f"groups={groups}: must be 1, SCConv replaces a dense convolution; GWC's are gwc_groups")
@@ -396,7 +397,7 @@ def _check_default(order: str, unit: type[nn.Module], options: dict) -> None:
             raise ValueError(f"{name}={value!r}: order={order!r} has no {unit.__name__} that could take it")
 
 
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
 

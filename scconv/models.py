@@ -63,8 +63,9 @@ def build_model(
             weights. The prefixes that `nn.DataParallel` and `torch.compile` put before names don't matter.
         new_head: leave the classifier's own fresh weights and load all the others, to fine-tune to other classes.
             Without it weights for another number of classes are refused, so that none is dropped unasked.
-        scconv_options: keywords of `SCConv`, or `where` of `replace_conv3x3`; only for networks with SCConv. Without
-            `where`, SCConv comes to every place that it has with its default options.
+        scconv_options: keywords of `SCConv`, or `where` of `replace_conv3x3`; only for networks with SCConv, and
+            `where` only where it replaces convolutions. Without `where`, SCConv comes to every place that it has with
+            its default options.
 
     Raises:
         ValueError: an argument is out of its range, the options do not fit each of these places, or the weights do not
@@ -87,6 +88,8 @@ def build_model(
     build = partial(_build_equal_size, order) if order in EQUAL_SIZE else _build_base
     model = build(base, num_classes, small_images)
     if name == APPENDED:
+        if "where" in scconv_options:
+            raise ValueError(f"where: {name} replaces nothing that it could choose from")
         left = append_scconv(model, **{"bias": True, **scconv_options}).left
         _refuse_if_left(name, {place: reason for place, reason in left.items() if place.endswith("conv2")})
     elif order in ORDERS:
@@ -212,7 +215,7 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))  # (N, 16, H, W)
+        x = self.relu(self.bn1(self.conv1(x)))  # (N, first, H, W)
         x = self.layer3(self.layer2(self.layer1(x)))  # (N, third, H/4, W/4)
         return self.fc(x.mean((2, 3)))
 

@@ -43,8 +43,8 @@ def replace_conv3x3(model: nn.Module, *, where: Callable[[str, nn.Conv2d], bool]
         What was replaced, and what was left and why.
 
     Raises:
-        ValueError: an option of `SCConv` is out of its range, or `model` is itself a convolution. After this or any
-            other error `model` is as it was.
+        ValueError: an option of `SCConv` is out of its range, or `model` is itself a convolution or an SCConv.
+            After this or any other error `model` is as it was.
     """
     return swap_conv3x3(model, lambda conv: _like(conv, **options), where)
 
@@ -81,12 +81,12 @@ def append_scconv(model: nn.Module, *, after: str = "conv2", **options) -> Surge
     """Put an `SCConv` with as many channels behind each dense 3×3 convolution called `after`, in place.
 
     With `after="conv2"` that is behind the second 3×3 of each of ResNet-34's basic blocks, before its batch norm. The
-    pair becomes `conv2.conv` and `conv2.scconv`. Arguments, result and errors are as for `replace_conv3x3`.
+    pair becomes `conv2.conv` and `conv2.scconv`. Options, result and errors are as for `replace_conv3x3`.
     """
 
     def with_scconv(conv: nn.Conv2d) -> nn.Sequential:
         width = conv.out_channels
-        scconv = _move(SCConv(width, width, **_placed_like(conv), **options), conv)
+        scconv = _move(SCConv(width, width, 3, 1, None, 1, **_placed_like(conv), **options), conv)
         pair = nn.Sequential(OrderedDict(conv=conv, scconv=scconv))
         pair.training = conv.training
         return pair
@@ -120,8 +120,10 @@ def swap_conv3x3(
     where: Callable[[str, nn.Conv2d], bool] | None = None,
 ) -> Surgery:
     """Put `build(conv)` where each suitable convolution is, once for each convolution object."""
-    if isinstance(model, nn.Conv2d):
-        raise ValueError("model=Conv2d: must contain convolutions, not be one; build SCConv(...) instead")
+    if isinstance(model, nn.Conv2d | SCConv | CRU):
+        raise ValueError(
+            f"model={type(model).__name__}: must contain convolutions, not be one; build SCConv(...) instead"
+        )
     if where is not None and not callable(where):
         raise ValueError(f"where={where!r}: must be a function of a convolution's name and the convolution")
     surgery, built, plan = Surgery(), {}, []

@@ -12,7 +12,6 @@ from scconv.analysis.ablation import ablated, ablation_study, predict
 from scconv.analysis.attribution import (
     METHODS,
     attribute,
-    channel_ablation,
     infidelity,
     rank_correlation,
     sensitivity,
@@ -133,7 +132,6 @@ def test_works_on_an_scconv_network_and_leaves_it_as_it_was(method, layer):
     assert not found.requires_grad
     sensitivity(model, x, 7, method, layer, samples=2)
     infidelity(model, x, 7, method, layer, samples=2)
-    channel_ablation(model, x, 7, layer or "layer1", groups=2)
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["fc.weight", "fc.bias"]
@@ -141,18 +139,6 @@ def test_works_on_an_scconv_network_and_leaves_it_as_it_was(method, layer):
     assert (x.requires_grad, x.grad) == (False, None)
     assert_close(x, before, rtol=0, atol=0)
     assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
-
-
-def test_channel_ablation_is_what_zeroed_channels_cost():
-    model, x, target = small_network().eval(), images(), torch.tensor([0, 3, 1])
-    found = channel_ablation(model, x, target, "0.3", groups=3)
-    groups = [[0, 1, 2], [3, 4, 5], [6, 7]]
-    features = model[0](x)
-    for column, group in enumerate(groups):
-        without = features.clone()
-        without[:, group] = 0
-        fall = (model[1:](features) - model[1:](without))[range(3), target]
-        assert_close(found[:, column], fall.detach())
 
 
 # ---- how good the maps are -----------------------------------------------------------------------------------------
@@ -410,8 +396,3 @@ def test_ablation_says_in_one_line_what_is_wrong(options, message):
     arguments = {"model": small_network(), "part": "informative", **options}
     with pytest.raises(ValueError, match=re.escape(message)), ablated(**arguments):
         pass
-
-
-def test_groups_of_channels_must_fit():
-    with pytest.raises(ValueError, match="groups=9: must be from 1 to 8, the channels of"):
-        channel_ablation(small_network(), images(), 0, "0.3", groups=9)

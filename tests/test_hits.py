@@ -40,6 +40,10 @@ def test_recomputed_hits_are_those_of_the_run(run, capsys):
     assert (unpack_hits(found) != unpack_hits(kept)).mean() <= 0.005
     assert main(["--compare", str(path), str(path)]) == 0
     assert "paired" in capsys.readouterr().out
+    before = written.read_bytes()
+    assert main(["--recompute-hits", str(path)]) == 2
+    assert f"{path}: has its hits already, in {written}" in capsys.readouterr().err
+    assert written.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,7 @@ def test_a_quantiser_finds_every_convolution():
 
 CHANGES_AFTER = {
     "a hook on a part": lambda layer: layer.gwc.register_forward_hook(lambda *args: 2 * args[-1]),
-    "a method of one's own": lambda layer: setattr(layer.gn, "forward", lambda x: x),
+    "a method of one's own": lambda layer: setattr(layer.sru.gn, "forward", lambda x: x),
     "circular padding": lambda layer: setattr(layer.gwc, "padding_mode", "circular"),
     "a bias on a squeeze": lambda layer: setattr(layer.squeeze_up, "bias", nn.Parameter(torch.ones(2).double())),
     "pruning": lambda layer: prune.l1_unstructured(layer.gwc, "weight", 0.5),

@@ -139,9 +139,13 @@ def test_the_command_records_once_and_refuses_in_one_line(run, capsys):
     assert written.read_bytes() == first
     assert main([str(run), "--images", "10", "--overwrite"]) == 0
     edited = {**content, "seed": 1}
-    for damaged in (edited, {**edited, "run_sha256": "of another run"}):
-        written.write_text(json.dumps({**damaged, "sha256": "" if damaged is edited else checksum(damaged)}))
-        with pytest.raises(ValueError, match="not what scconv inside wrote"):
+    other = {**edited, "run_sha256": "of another run"}
+    for damaged, message in (
+        ({**edited, "sha256": ""}, "not as it was written"),
+        ({**other, "sha256": checksum(other)}, "not what scconv inside wrote"),
+    ):
+        written.write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=message):
             read_inside(written)
 
 

@@ -163,6 +163,11 @@ def test_a_network_has_scconv_wherever_its_name_promises_it_or_is_not_built(opti
     assert "\n" not in str(error.value)
 
 
+def test_where_is_for_what_is_replaced():
+    with pytest.raises(ValueError, match="where: resnet34_appended_scconv replaces nothing"):
+        on_meta("resnet34_appended_scconv", where=lambda name, conv: True)
+
+
 def test_options_that_would_fit_the_stem_leave_it():
     model = on_meta("cru_resnet20", squeeze_ratio=1)
     assert type(model.conv1) is nn.Conv2d

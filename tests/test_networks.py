@@ -1,5 +1,6 @@
 """Redundancy of whole networks, against the measures taken by hand at each layer."""
 
+import copy
 import math
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from scconv.analysis.ablation import ablation_study
 from scconv.analysis.bootstrap import mean_interval
 from scconv.analysis.capture import capture
+from scconv.analysis.gates import gates_by_layer
 from scconv.analysis.networks import cka_interval, compare_designs, compare_networks, measure_network
 from scconv.analysis.redundancy import channel_similarity, cka, gram, image_moments, linear_cka, rank_share
 from scconv.layers import SRU, SCConv
@@ -44,6 +47,27 @@ def test_measures_at_each_layer_are_those_of_its_features():
     assert grams.shape == (2, 2, 4, 4)
     assert_close(grams[1, 0], gram(features["1"][4:]))
     assert numbers["left_out"] == 0
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda model, x: measure_network(model, x, ["0", "2"], ["2"], batch_size=4)[0],
+        lambda model, x: gates_by_layer(model, x)[0],
+        ablation_study,
+    ],
+    ids=["redundancy", "gates", "ablation"],
+)
+def test_a_network_in_training_is_looked_at_as_it_evaluates_and_stays_as_it_was(look):
+    torch.manual_seed(0)
+    model = nn.Sequential(SCConv(8, 8), nn.BatchNorm2d(8), SCConv(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    nn.init.normal_(model[1].running_mean)
+    x, expected = randn(8, 8, 6, 6), look(copy.deepcopy(model).eval(), randn(8, 8, 6, 6))
+    model[0].eval()
+    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    assert look(model, x) == expected
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_the_sru_is_compared_with_itself_untrained():

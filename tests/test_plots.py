@@ -179,7 +179,7 @@ def test_a_benchmark_that_is_missing_or_edited(tmp_path):
     assert benchmark["rows"] == [{"form": "3x3"}]
     assert describe_machine(benchmark) == "a GPU; float32, torch 2.14, 2026-11-26"
     path.write_text(path.read_text().replace("a GPU", "another"))
-    with pytest.raises(ValueError, match=r"layer-cpu-float32\.json: not as the benchmark wrote it"):
+    with pytest.raises(ValueError, match=r"layer-cpu-float32\.json: not as it was written"):
         read_benchmark("layer-cpu-float32", tmp_path)
 
 

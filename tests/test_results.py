@@ -174,6 +174,12 @@ def test_the_command_prints_the_table_of_the_report(capsys):
     assert "Food-101" not in capsys.readouterr().out
 
 
+def test_the_command_does_one_thing_at_a_time(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--recompute-hits", str(RUN), "--compare", str(RUN), str(RUN)])
+    assert "argument --compare: not allowed with argument --recompute-hits" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change", [cut, better])
 def test_the_command_refuses_a_damaged_file_in_one_line(tmp_path, capsys, change):
     (tmp_path / "run.json").write_text(change(RUN.read_text()))

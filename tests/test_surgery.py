@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.testing import assert_close
 
-from scconv import SCConv
+from scconv import CRU, SCConv
 from scconv.surgery import append_scconv, cifar_stem, group_conv3x3, replace_conv3x3, separate_conv3x3
 
 
@@ -178,9 +178,18 @@ def test_widths_may_be_numpys():
     assert model(x).shape == shape
 
 
-def test_a_convolution_by_itself_is_named():
-    with pytest.raises(ValueError, match="model=Conv2d: must contain convolutions"):
-        replace_conv3x3(nn.Conv2d(16, 16, 3))
+@pytest.mark.parametrize("layer", [nn.Conv2d(16, 16, 3), SCConv(16, 16, order="sru"), CRU(16, 16)])
+def test_a_layer_by_itself_is_named(layer):
+    before = [type(module) for module in layer.modules()]
+    with pytest.raises(ValueError, match=f"model={type(layer).__name__}: must contain convolutions"):
+        replace_conv3x3(layer)
+    assert [type(module) for module in layer.modules()] == before
+
+
+@pytest.mark.parametrize("geometry", [{"stride": 2}, {"padding": 0}, {"kernel_size": 5}])
+def test_what_is_appended_keeps_height_and_width(geometry):
+    with pytest.raises(TypeError, match=f"multiple values for argument '{next(iter(geometry))}'"):
+        append_scconv(nn.ModuleDict({"conv2": nn.Conv2d(16, 16, 3)}), **geometry)
 
 
 def test_appends_behind_the_second_convolution_once():

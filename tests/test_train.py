@@ -187,6 +187,7 @@ def test_compiled_training_falls_back_to_eager_at_no_size(larger_digits, tmp_pat
 def test_evaluate_equals_scikit_learn(digits):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10), nn.Dropout(0.5))
+    model[1].eval()
     measured = evaluate(model, digits, batch_size=17)  # does not divide the 72 images
     images, labels = digits.test
     mean, std = torch.tensor(digits.mean), torch.tensor(digits.std)
@@ -196,7 +197,7 @@ def test_evaluate_equals_scikit_learn(digits):
     for k in (1, 5):
         expected = top_k_accuracy_score(labels, probabilities, k=k, labels=range(10))
         assert measured[f"top{k}"] == pytest.approx(expected, abs=1e-12)
-    assert model.training
+    assert [module.training for module in model.modules()] == [True, True, False, True]
 
 
 def test_evaluate_with_fewer_than_five_classes(digits):
@@ -491,20 +492,40 @@ BAD = [
     ({"recipe": "short", "epochs": 2}, "epochs=2: too few for recipe short, none is left for 32 px"),
     ({"recipe": "short", "image_size": 8}, "image_size=8: recipe short shrinks it to 4 px, less than 8"),
     ({"recipe": replace(TINY, sizes=((0.5, 0.5),))}, "sizes=((0.5, 0.5),): must be pairs of parts"),
-    ({"seed": -1}, "seed=-1: must be at least 0"),
-    ({"epochs": 0}, "epochs=0: must be at least 1"),
-    ({"batch_size": 0}, "batch_size=0: must be at least 1"),
+    ({"seed": -1}, "seed=-1: must be a whole number of at least 0"),
+    ({"epochs": 0}, "epochs=0: must be a whole number of at least 1"),
+    ({"epochs": 1.5}, "epochs=1.5: must be a whole number of at least 1"),
+    ({"batch_size": 0}, "batch_size=0: must be a whole number of at least 1"),
     ({"batch_size": 2000}, "batch_size=2000: must be at most 1437, the training images"),
     ({"lr": 0.0}, "lr=0.0: must be more than 0"),
     ({"lr": float("nan")}, "lr=nan: must be more than 0"),
-    ({"threads": 0}, "threads=0: must be at least 1"),
-    ({"limit_train_batches": 0}, "limit_train_batches=0: must be at least 1"),
+    ({"threads": 0}, "threads=0: must be a whole number of at least 1"),
+    ({"limit_train_batches": 0}, "limit_train_batches=0: must be a whole number of at least 1"),
     ({"precision": "fp8"}, "precision='fp8': must be one of no, bf16, fp16"),
     ({"image_size": 4}, "image_size=4: must be at least 8"),
     ({"model": "scconv_resnet20", "scconv": {"gate": "weak"}}, "gate='weak'"),
     ({"model": "scconv_resnet20", "scconv": {"gat": "soft"}}, "gat"),
     ({"scconv": {"gate": "soft"}}, "resnet20 has no SCConv"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "cosine"}, "schedule='cosine': must be one of step, one_cycle"),
+        ({"milestones": (100, 150)}, "milestones=(100, 150): must be parts of the training, between 0 and 1"),
+        ({"epochs": 0}, "epochs=0: must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
+    ],
+)
+def test_a_recipe_made_by_hand_is_checked(changes, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        replace(TINY, **changes)
+
+
+def test_a_set_of_ones_own_has_no_command(digits, tmp_path):
+    runs = [prepare_run("resnet20", replace(digits, name=name), "quick", out=tmp_path) for name in ("digits", "mine")]
+    assert [run.command is None for run in runs] == [False, True]
 
 
 @pytest.mark.parametrize(("given", "message"), BAD)

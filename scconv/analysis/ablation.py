@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from scconv.analysis.bootstrap import mean_interval
-from scconv.checks import check_choice
-from scconv.layers import SRU
+from scconv.analysis.capture import evaluating
+from scconv.layers import SRU, check_choice
 
 PARTS = ("non_informative", "informative")
 CONTROLS = ("channel", "nonzero", "smallest")
@@ -78,16 +78,16 @@ def ablated(
             hook.remove()
 
 
-@torch.no_grad()
 def predict(model: nn.Module, images: Tensor, batch_size: int = 125) -> Tensor:
     """The class with the largest logit for each image, (N,)."""
-    return torch.cat([model(x).argmax(1) for x in images.split(batch_size)])
+    with evaluating(model):
+        return torch.cat([model(x).argmax(1) for x in images.split(batch_size)])
 
 
 def ablation_study(model: nn.Module, images: Tensor, labels: Tensor | None = None, batch_size: int = 125) -> dict:
     """What removing each part of STUDIED from all SRUs costs, and removing as much by each of its controls.
 
-    Takes a network in eval mode, its input images (N, C, H, W), and their labels (N,) if there are any. Returns
+    Takes a network, its input images (N, C, H, W), and their labels (N,) if there are any. Returns
 
     - `n`; `floor`, the share of the network's most common prediction; with labels, `accuracy`;
     - for each part `PART_itself`, and for its controls `PART_CONTROL`: the share of predictions that stay, `agreement`,

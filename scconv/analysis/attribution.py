@@ -5,23 +5,15 @@ gradients and the images as they were. What Captum does not know of, the SRU's g
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from captum import metrics
-from captum.attr import (
-    IntegratedGradients,
-    LayerActivation,
-    LayerAttribution,
-    LayerFeatureAblation,
-    LayerGradCam,
-    Saliency,
-)
+from captum.attr import IntegratedGradients, LayerActivation, LayerAttribution, LayerGradCam, Saliency
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from scconv.analysis.capture import capture
-from scconv.checks import check_choice
+from scconv.analysis.capture import capture, evaluating
+from scconv.layers import check_choice
 
 METHODS = ("saliency", "integrated_gradients", "grad_cam", "activation")
 LAYER_METHODS = ("grad_cam", "activation")
@@ -48,8 +40,8 @@ def attribute(
     Raises:
         ValueError: an argument is out of its range, or the layer's output is not (N, C, H, W).
     """
-    with _evaluating(model):
-        target, _ = _check(model, images, target, method, layer)
+    with evaluating(model):
+        target = _check(model, images, target, method, layer)
         if method not in LAYER_METHODS:
             return _signed(model, images, target, method, batch_size).abs().sum(1, keepdim=True)
         maps = []
@@ -62,23 +54,6 @@ def attribute(
         return LayerAttribution.interpolate(torch.cat(maps), tuple(images.shape[2:]), interpolate_mode="bilinear")
 
 
-def channel_ablation(model: nn.Module, images: Tensor, target: Target, layer: str, groups: int = 16) -> Tensor:
-    """How far the logit of `target` falls when a group of the layer's channels is set to 0: (N, groups).
-
-    The output's channels are cut into `groups` neighbouring groups of (nearly) equal size. The rest as in `attribute`.
-    """
-    with _evaluating(model):
-        target, features = _check(model, images, target, "grad_cam", layer)
-        channels = features.shape[1]
-        if not 1 <= groups <= channels:
-            raise ValueError(f"groups={groups}: must be from 1 to {channels}, the channels of {layer}")
-        group = torch.arange(channels, device=images.device) * groups // channels
-        mask = group.view(1, -1, 1, 1).expand_as(features)
-        ablation = LayerFeatureAblation(model, model.get_submodule(layer))
-        falls = ablation.attribute(images, target=target, layer_mask=mask)  # (N, channels, …), equal in a group
-        return torch.stack([falls[:, group == g].flatten(1)[:, 0] for g in range(groups)], dim=1)
-
-
 def infidelity(
     model: nn.Module, images: Tensor, target: Target, method: str, layer: str | None = None, samples: int = 16
 ) -> Tensor:
@@ -89,8 +64,8 @@ def infidelity(
     random map comes to 1 - 1/`samples`. Gradient methods enter with their sign and per channel, and integrated
     gradients without the factor x; a layer's map as `attribute` shows it, the same for each channel.
     """
-    with _evaluating(model):
-        target, _ = _check(model, images, target, method, layer)
+    with evaluating(model):
+        target = _check(model, images, target, method, layer)
         if method in LAYER_METHODS:
             maps = attribute(model, images, target, method, layer).expand_as(images)
         else:
@@ -125,8 +100,8 @@ def sensitivity(
             return (explain(*x, target),)
         return attribute(model, x, target, method, layer)
 
-    with _evaluating(model):
-        target, _ = _check(model, images, target, method, layer)
+    with evaluating(model):
+        target = _check(model, images, target, method, layer)
         return metrics.sensitivity_max(explain, images, perturb, n_perturb_samples=samples, target=target)
 
 
@@ -167,23 +142,8 @@ def _batches(images: Tensor, target: Tensor, batch_size: int) -> Iterator[tuple[
         yield x.detach().clone().requires_grad_(), t
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, without a graph; each module's own mode comes back. Captum turns gradients on where it needs them."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _check(
-    model: nn.Module, images: Tensor, target: Target, method: str, layer: str | None
-) -> tuple[Tensor, Tensor | None]:
-    """The target as a class for each image, (N,), and the layer's output for the first, (1, C, H, W)."""
+def _check(model: nn.Module, images: Tensor, target: Target, method: str, layer: str | None) -> Tensor:
+    """The target as a class for each image, (N,)."""
     check_choice("method", method, METHODS)
     if images.ndim != 4 or not images.is_floating_point() or not len(images):
         raise ValueError(f"images {images.dtype} {tuple(images.shape)}: must be floating-point (N, C, H, W), N ≥ 1")
@@ -201,4 +161,4 @@ def _check(
     wrong = target[(target < 0) | (target >= classes)]
     if len(wrong):
         raise ValueError(f"target={wrong[0].item()}: must be from 0 to {classes - 1}")
-    return target.expand(len(images)), captured.get(layer)
+    return target.expand(len(images))

@@ -1,13 +1,27 @@
-"""Hooks that collect features (N, C, H, W) while a model runs, and leave no trace."""
+"""Eval mode for a while, and hooks that collect features (N, C, H, W) while a model runs; both leave no trace."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
-from scconv.checks import check_choice
+from scconv.layers import check_choice
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, without a graph; each module's own mode comes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager
@@ -19,7 +33,7 @@ def capture(model: nn.Module, layers: str | Iterable[str], of: str = "output") -
     of the `with`, also after an exception, and nothing of the model changes.
 
     Raises ValueError for other arguments; and by the model's call, if the batch or a module's output has a NaN or an
-    infinite value (it names the first), or if a layer does not run (an SRU calls its `gn` by function).
+    infinite value (it names the first), or if a layer does not run.
     """
     check_choice("of", of, ("output", "input"))
     layers = [layers] if isinstance(layers, str) else list(layers)

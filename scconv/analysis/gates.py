@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scconv.analysis.capture import capture, check_features
+from scconv.analysis.capture import capture, check_features, evaluating
 from scconv.layers import CRU, SRU, SCConv
 
 
@@ -36,9 +36,8 @@ def fusion_statistics(cru: CRU, x: Tensor) -> Tensor:
     return cru.fusion_weights(*cru.transform(check_features(x)))[0].flatten(1)
 
 
-@torch.no_grad()
 def gates_by_layer(model: nn.Module, images: Tensor, batch_size: int = 125) -> tuple[dict[str, list[float]], Tensor]:
-    """Gates and branch weights of the L SCConv layers of a network in eval mode, for its input images (N, C, H, W).
+    """Gates and branch weights of the L SCConv layers of a network, for its input images (N, C, H, W).
 
     Returns a dict of lists with one number for each layer, in the order of `named_modules`, and each image's share of
     informative positions, (N, L). Of `gate_statistics` the dict has `informative`, `distance`, `zeros_informative` and
@@ -54,7 +53,7 @@ def gates_by_layer(model: nn.Module, images: Tensor, batch_size: int = 125) -> t
     keys = "distance", "zeros_informative", "zeros_non_informative"
     sums, shares, betas = defaultdict(float), [], defaultdict(list)
     for x in images.split(batch_size):
-        with capture(model, units, of="input") as inputs:
+        with evaluating(model), capture(model, units, of="input") as inputs:
             model(x)
         for name, layer in layers.items():
             gate = gate_statistics(layer.sru, inputs[f"{name}.sru"])

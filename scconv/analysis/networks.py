@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scconv.analysis.bootstrap import bootstrap, mean_interval
-from scconv.analysis.capture import capture
+from scconv.analysis.capture import capture, evaluating
 from scconv.analysis.gates import gate_statistics
 from scconv.analysis.redundancy import channel_similarity, cka, gram, image_moments, rank_share
 from scconv.layers import SRU
@@ -26,7 +26,7 @@ KINDS = ("cosine", "correlation")
 def measure_network(
     model: nn.Module, images: Tensor, convolutions: list[str], blocks: list[str], batch_size: int = 50
 ) -> tuple[dict, Tensor]:
-    """Redundancy at the named layers and around each SRU, for a network in eval mode and its input images (N, C, H, W).
+    """Redundancy at the named layers and around each SRU, for a network and its input images (N, C, H, W).
 
     Returns the blocks' grams for `cka`, (batches, blocks, batch_size, batch_size), and before them a dict of
 
@@ -46,7 +46,8 @@ def measure_network(
     untrained = {name: _untrained(sru) for name, sru in srus.items()}
     similar, moments, grams, gates = defaultdict(list), defaultdict(list), [], []
     for x in images.split(batch_size):
-        with capture(model, [*convolutions, *blocks, *srus]) as after, capture(model, srus, of="input") as before:
+        wanted = [*convolutions, *blocks, *srus]
+        with evaluating(model), capture(model, wanted) as after, capture(model, srus, of="input") as before:
             model(x)
         places = {"conv": [after[name] for name in convolutions], "block": [after[name] for name in blocks]}
         if srus:

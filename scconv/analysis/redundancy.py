@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scconv.analysis.capture import check_features
-from scconv.checks import check_choice
+from scconv.layers import check_choice
 
 
 def channel_similarity(features: Tensor, kind: str = "cosine") -> Tensor:

@@ -1,9 +1,8 @@
 """The measurements of `benchmark/speed.py`, files in `results/benchmark`: read them, and say where they were made."""
 
-import json
 from pathlib import Path
 
-from scconv.files import checksum
+from scconv.files import read_sealed
 from scconv.reporting.recorded import RESULTS
 
 # The forms of a layer or network that `benchmark/speed.py` compares, in words. Older files have forms that are gone.
@@ -33,9 +32,7 @@ def read_benchmark(name: str, folder: Path = RESULTS / "benchmark") -> dict | No
     path = folder / f"{name}.json"
     if not path.exists():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content["sha256"] != checksum(content):
-        raise ValueError(f"{path.name}: not as the benchmark wrote it, its checksum differs")
+    content = read_sealed(path)
     return {**content, "rows": [row for row in content["rows"] if row["form"] in FORMS]}
 
 

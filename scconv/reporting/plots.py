@@ -28,7 +28,7 @@ def colour_of(model_name: str) -> str:
 
 
 def draw_learning_curves(curves: pd.DataFrame) -> Figure:
-    """Test top-1 (%) against the epoch, a line for each network and seed of what `results.learning_curves` returns.
+    """Test top-1 (%) against the epoch, a line for each network and seed of what `tables.learning_curves` returns.
 
     The colour is the family's. Dashes are seed 1, dots further seeds, dashes and dots the hard gate.
     """

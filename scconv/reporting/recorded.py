@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from scconv.files import atomic_file
+from scconv.files import CHECKOUT, atomic_file
 
-RESULTS = Path(__file__).resolve().parents[2] / "results"
+RESULTS = CHECKOUT / "results"
 
 
 def record(name: str, measured: dict, noisy: dict | None = None, *, rtol: float = 0.01, folder: Path = RESULTS) -> str:

@@ -222,12 +222,13 @@ def show_comparison(first: dict, second: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = OneLineParser(prog="scconv results", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--table", type=not_empty, default="overall", metavar="SET", help="overall, or such as cifar")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--table", type=not_empty, default="overall", metavar="SET", help="overall, or such as cifar")
     parser.add_argument("--folder", type=not_empty, default=RESULTS / "runs", help="of the result files")
     pair = "hold two runs' result files against each other, image by image where they say which they had right"
-    parser.add_argument("--compare", type=not_empty, nargs=2, metavar=("A.json", "B.json"), help=pair)
+    one.add_argument("--compare", type=not_empty, nargs=2, metavar=("A.json", "B.json"), help=pair)
     hits = "evaluate runs' weights, and keep in hits/ which test images they have right"
-    parser.add_argument("--recompute-hits", type=not_empty, nargs="+", metavar="RUN.json", help=hits)
+    one.add_argument("--recompute-hits", type=not_empty, nargs="+", metavar="RUN.json", help=hits)
     parser.add_argument("--data-root", type=not_empty, help="of the test images: else as for scconv train")
     given = parser.parse_args(arguments)
     try:

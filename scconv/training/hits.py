@@ -4,14 +4,13 @@ Result files have this since format 3. For older ones `scconv results --recomput
 `hits/RUN.json` beside the folder of the result files, so that their networks can be compared in pairs, too.
 """
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from scconv.data import load_data, test_image_ids
-from scconv.files import checksum, expand, write_sealed
+from scconv.files import beside, expand, read_sealed, write_sealed
 from scconv.training.metrics import evaluate_each
 from scconv.training.paired import pack_hits
 from scconv.training.provenance import device_name, find_commit, find_tree
@@ -27,10 +26,13 @@ def recompute_hits(path: str | Path, data_root: str | Path | None = None) -> Pat
     """Evaluate the network of a result file and write which images it has right; returns the file's path.
 
     Raises:
-        ValueError: the file, its weights or the set cannot be read, or the accuracy is not the run's.
+        ValueError: the file, its weights or the set cannot be read, the hits are there already, or the accuracy is not
+            the run's.
     """
     path = expand(path)
-    run = read_run(path)
+    run, target = read_run(path), beside(path, "hits")
+    if "hits" in run or target.exists():
+        raise ValueError(f"{path}: has its hits already, in {path if 'hits' in run else target}")
     data = load_data(run["data"]["name"], root=data_root, image_size=run["data"]["image_size"])
     found, right = evaluate_each(load_trained(path), data)
     if abs(found["top1"] - run["test"]["top1"]) > TOLERANCE:
@@ -47,13 +49,8 @@ def recompute_hits(path: str | Path, data_root: str | Path | None = None) -> Pat
         "tree": find_tree(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    target = hits_path(path)
     write_sealed(target, content)
     return target
-
-
-def hits_path(run_path: Path) -> Path:
-    return run_path.resolve().parents[1] / "hits" / run_path.name
 
 
 def read_run_with_hits(path: str | Path) -> dict:
@@ -63,14 +60,10 @@ def read_run_with_hits(path: str | Path) -> dict:
         ValueError: the file of the hits is not whole, or of another run.
     """
     path = expand(path)
-    run, hits = read_run(path), hits_path(path)
+    run, hits = read_run(path), beside(path, "hits")
     if "hits" in run or not hits.exists():
         return run
-    try:
-        content = json.loads(hits.read_text(encoding="utf-8"))
-        whole = content["format"] == FORMAT and content["sha256"] == checksum(content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{hits}: cannot be read ({error})") from error
-    if not whole or content["run_sha256"] != run["sha256"]:
+    content = read_sealed(hits)
+    if (content.get("format"), content.get("run_sha256")) != (FORMAT, run["sha256"]):
         raise ValueError(f"{hits}: not what --recompute-hits wrote for {path.name}")
     return {**run, "hits": content["hits"]}

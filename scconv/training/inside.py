@@ -7,7 +7,6 @@ second seed of each.
 """
 
 import copy
-import json
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -21,7 +20,7 @@ from scconv.analysis.gates import gates_by_layer
 from scconv.analysis.networks import measure_network
 from scconv.checks import OneLineParser, check_at_least, check_at_most, not_empty
 from scconv.data import ImageData, Photographs, load_data, normalise, pick_test_images
-from scconv.files import checksum, expand, write_sealed
+from scconv.files import beside, expand, read_sealed, write_sealed
 from scconv.layers import SRU, SCConv
 from scconv.training.provenance import device_name, find_commit, find_tree
 from scconv.training.recipes import Recipe, build_optimizer, build_schedule
@@ -51,7 +50,7 @@ def _convolutions(module: nn.Module, prefix: str = "") -> Iterator[str]:
 
 
 def look_inside(model: nn.Module, data: ImageData, images: dict[str, int], device: str = "cpu") -> dict:
-    """All measurements of a network in eval mode, with as many of the set's test images as `images` says.
+    """All measurements of a network, with as many of the set's test images as `images` says.
 
     Returns the names of the `convolutions` and `blocks`; `redundancy`, see `measure_network`, in float64; and where
     there are SRUs, in float32, `gates` of `gates_by_layer`, `gamma` and `beta` of each SRU's group norm, and what
@@ -108,11 +107,11 @@ def record_inside(
     """
     paths = [expand(path) for path in paths]
     code = {"commit": find_commit(), "tree": find_tree()}  # before the first file changes the checkout
-    there = [target for target in map(inside_path, paths) if target.exists()]
+    there = [target for path in paths if (target := beside(path, "inside")).exists()]
     if there and not overwrite:
         raise ValueError(f"{there[0]}: is there already; --overwrite replaces it")
     for path in paths:
-        target = inside_path(path)
+        target = beside(path, "inside")
         write_sealed(target, {**describe_inside(path, images, device, data_root), **code})
         yield target
 
@@ -144,23 +143,14 @@ def describe_inside(path: Path, images: int | None, device: str, data_root: str 
     }
 
 
-def inside_path(run_path: Path) -> Path:
-    return run_path.resolve().parent.parent / "inside" / run_path.name
-
-
 def read_inside(path: Path) -> tuple[dict, dict]:
     """What `record_inside` wrote, and the run that it is of, from `runs/` beside its folder.
 
     Raises:
         ValueError: one of the two files is not whole, or they are not of one run.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        whole = content["format"] == FORMAT and content["sha256"] == checksum(content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
-    run = read_run(path.parents[1] / "runs" / path.name)
-    if not whole or content["run_sha256"] != run["sha256"]:
+    content, run = read_sealed(path), read_run(beside(path, "runs"))
+    if (content.get("format"), content.get("run_sha256")) != (FORMAT, run["sha256"]):
         raise ValueError(f"{path}: not what scconv inside wrote for runs/{path.name}")
     return content, run
 

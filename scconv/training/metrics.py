@@ -5,6 +5,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scconv.analysis.capture import evaluating
 from scconv.data import ImageData, eval_batches, eval_shares
 
 
@@ -32,14 +33,13 @@ def means(totals: Tensor, accelerator: Accelerator | None = None) -> dict[str, f
 def evaluate(
     model: nn.Module, data: ImageData, *, batch_size: int | None = None, accelerator: Accelerator | None = None
 ) -> dict[str, float]:
-    """Mean cross-entropy, top-1 and top-5 (fractions) on all test images, in eval mode; the model's mode is kept.
+    """Mean cross-entropy, top-1 and top-5 (fractions) on all test images, in eval mode, which each module then leaves.
 
     With `accelerator` its processes share the images. With five classes or fewer top-5 is 1.
     """
     return evaluate_each(model, data, batch_size=batch_size, accelerator=accelerator)[0]
 
 
-@torch.no_grad()
 def evaluate_each(
     model: nn.Module, data: ImageData, *, batch_size: int | None = None, accelerator: Accelerator | None = None
 ) -> tuple[dict[str, float], Tensor]:
@@ -48,16 +48,15 @@ def evaluate_each(
     batch_size = batch_size or (500 if data.image_size <= 64 else 125)
     device = next(model.parameters()).device
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    totals, was_training = new_totals(device), model.training
+    totals = new_totals(device)
     right = torch.zeros(data.num_test, dtype=torch.int64, device=device)
     shares = [share for share in eval_shares(data, batch_size, rank, world) if len(share)]
     batches = eval_batches(data.to(device), batch_size, rank=rank, world=world, device=device)
-    model.eval()
-    for share, (images, labels) in zip(shares, batches, strict=True):
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        right[share.to(device)] += add_to_totals(totals, loss, logits, labels)
-    model.train(was_training)
+    with evaluating(model):
+        for share, (images, labels) in zip(shares, batches, strict=True):
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            right[share.to(device)] += add_to_totals(totals, loss, logits, labels)
     if accelerator is not None:
         right = accelerator.reduce(right, "sum")  # every image is one process's
     return means(totals, accelerator), right.bool().cpu()

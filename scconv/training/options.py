@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from accelerate.utils import is_tensorboard_available
 
-from scconv.checks import check_at_least, check_at_most, check_choice
+from scconv.checks import check_at_least, check_at_most
 from scconv.data import DATA_NAMES, ImageData
+from scconv.layers import check_choice, whole
 from scconv.models import model_names
 from scconv.training.recipes import RECIPES, Recipe
 
@@ -74,9 +75,11 @@ class Options:
             check_choice("tracker", self.tracker, TRACKERS)
             if not is_tensorboard_available():
                 raise ValueError("tracker='tensorboard': needs tensorboard; pip install tensorboard")
-        at_least_1 = ("epochs", "batch_size", "limit_train_batches", "threads", "time_budget")
-        check_at_least(1, **{name: getattr(self, name) for name in at_least_1})
-        check_at_least(0, **{name: getattr(self, name) for name in ("seed", "workers", "checkpoint_minutes")})
+        least = {"seed": 0, "workers": 0, "epochs": 1, "batch_size": 1, "limit_train_batches": 1, "threads": 1}
+        for name in least.keys() & {name for name, value in vars(self).items() if value is not None}:
+            whole(name, getattr(self, name), least[name])
+        check_at_least(1, time_budget=self.time_budget)
+        check_at_least(0, checkpoint_minutes=self.checkpoint_minutes)
         check_at_most(LARGEST_SEED, seed=self.seed)
         check_at_most(100_000, epochs=self.epochs)
         check_at_most(1024, threads=self.threads, workers=self.workers)

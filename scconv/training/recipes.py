@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
-from scconv.checks import check_choice
+from scconv.checks import check_at_least
+from scconv.layers import check_choice
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ class Recipe:
     label_smoothing: float = 0.0
     augment: bool = True
     sizes: tuple[tuple[float, float], ...] = ()
+
+    def __post_init__(self):
+        check_choice("schedule", self.schedule, ("step", "one_cycle"))
+        check_at_least(1, epochs=self.epochs, batch_size=self.batch_size)
+        if not all(0 < part < 1 for part in self.milestones):
+            raise ValueError(f"milestones={self.milestones}: must be parts of the training, between 0 and 1")
 
 
 # The paper's recipe for CIFAR, "no other tricks".

@@ -17,7 +17,7 @@ from torch import nn
 
 from scconv import __version__
 from scconv.data import test_image_ids
-from scconv.files import atomic_file, checksum, expand
+from scconv.files import atomic_file, checksum, expand, write_sealed
 from scconv.models import build_model
 from scconv.pretrained import FOLDER, find_packed
 from scconv.training.checkpoint import RunState
@@ -45,10 +45,7 @@ def write_result(run: Run, state: RunState, counts: dict, device: torch.device) 
     result = describe_run(run, state.history, counts, device)
     result["hits"] = pack_hits(state.right, test_image_ids(run.data))
     result["weights"] = {"file": run.path(".safetensors").name, "sha256": hashlib.sha256(weights).hexdigest()}
-    result["sha256"] = checksum(json.loads(json.dumps(result)))  # of what will be read again: tuples become lists
-    with atomic_file(run.path(".json")) as file:
-        file.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
-    return result
+    return write_sealed(run.path(".json"), result)
 
 
 def describe_run(run: Run, history: list[dict], counts: dict, device: torch.device) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from scconv.data import IMAGE_SIZES, ImageData, load_data
+from scconv.data import DATA_NAMES, IMAGE_SIZES, ImageData, load_data
 from scconv.files import expand
 from scconv.models import build_model
 from scconv.training.checkpoint import find_checkpoints, load_checkpoint
@@ -51,8 +51,8 @@ class Run:
 
     @property
     def command(self) -> str | None:
-        """The command line that trains the same; None where no command can name the recipe."""
-        if isinstance(self.options.recipe, Recipe):
+        """The command line that trains the same; None where no command can name the recipe or the set."""
+        if isinstance(self.options.recipe, Recipe) or self.data.name not in DATA_NAMES:
             return None
         named = {"model": self.options.model, "data": self.data.name, "recipe": self.recipe.name}
         how = {key: getattr(self.options, key) for key in ("precision", "compile", "channels_last", "threads")}
