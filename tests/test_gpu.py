@@ -64,8 +64,9 @@ def test_weight_gradients_do_not_lose_a_large_batch(memory_format):
     """In bfloat16 a sum over images must have a wider accumulator: at N = 2,048 a narrow one was off by a third."""
     layer, x = SCConv(16, 16).double(), randn(2048, 16, 2, 2, seed=1)
     layer, x = layer.bfloat16(), x.bfloat16().to(memory_format=memory_format)
-    exact = copy.deepcopy(layer).double()
-    wanted = torch.autograd.grad(exact(x.double()).square().sum(), [*exact.parameters()])
+    exact, x64 = copy.deepcopy(layer).double(), x.double().requires_grad_()
+    # x64 too: in channels_last, torch 2.11's group norm crashes where its input's gradient is not asked for
+    _, *wanted = torch.autograd.grad(exact(x64).square().sum(), [x64, *exact.parameters()])
     y = fast_scconv(x, *own_tensors(layer), plan_of(layer))
     found = torch.autograd.grad(y.square().sum(), [*layer.parameters()])
     for (name, _), ours, theirs in zip(exact.named_parameters(), found, wanted, strict=True):

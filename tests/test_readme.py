@@ -65,16 +65,17 @@ def measured(findings: str) -> list[str]:
 
 
 def test_findings_are_those_of_the_result_files():
-    networks = ("scconv_resnet20", "resnet20", "narrow_resnet20", "grouped_resnet20", "sru_resnet20", "cru_resnet20")
-    assert [len(runs(network)) for network in networks] == [2, 2, 1, 1, 1, 1]  # seeds
+    plain = ("separable_resnet20", "grouped_resnet20", "narrow_resnet20")
+    networks = ("scconv_resnet20", "resnet20", *plain, "sru_resnet20", "cru_resnet20")
+    assert [len(runs(network)) for network in networks] == [2, 2, 1, 2, 2, 1, 1]  # seeds
     accuracy = {network: median(run["test"]["top1"] for run in runs(network)) for network in networks}
     ours, base, *plain_and_parts = accuracy.values()
     small, large = runs("scconv_resnet20")[0], runs("resnet20")[0]
     gamma = read("notebooks/07_gating_and_attribution.json")["measured"]
     expected = [f"{ours:.1%}", f"{base:.1%}"]
     expected += [f"{small[size] / large[size]:.0%}" for size in ("params", "macs")]
-    for plain in ("narrow_resnet20", "grouped_resnet20"):
-        assert runs(plain)[0]["params"] == pytest.approx(small["params"], rel=0.04)
+    for network in plain:
+        assert runs(network)[0]["params"] == pytest.approx(small["params"], rel=0.04)
     expected += [f"{top1:.1%}" for top1 in plain_and_parts]
     for pair in (("scconv_resnet50", "resnet50"), ("scconv_densenet121", "densenet121")):
         top1 = [run["test"]["top1"] for network in pair for run in runs(network, PHOTOGRAPHS)]

@@ -36,7 +36,7 @@ def device_name(device: torch.device) -> str:
 def find_commit() -> str | None:
     """The commit of the checkout that this file is in, with -dirty for local changes; None where there is none.
 
-    A copy without .git, such as on a lent machine, is told its commit by the environment variable SCCONV_COMMIT, and
+    A copy without .git, such as one on a GPU machine, is told its commit by the environment variable SCCONV_COMMIT, and
     its tree by SCCONV_TREE. Where git knows better, it is asked.
     """
     commit = ask_git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
