@@ -43,11 +43,17 @@ def start_workers(loader: DataLoader) -> Iterator:
 
 
 def batches_of(loader: DataLoader) -> Iterator:
-    """The batches of a DataLoader, whose `worker_init_fn` is `leave_signals_to_main`."""
+    """The batches of a DataLoader, whose `worker_init_fn` is `leave_signals_to_main`.
+
+    An error loses its traceback, whose frames would keep the workers alive, and an exit waiting for them.
+    """
     try:
         yield from start_workers(loader)
     except ValueError as error:
         # A worker's error comes with the worker's traceback as text, whose last line is the error's own.
-        raise ValueError(str(error).strip().rpartition("\n")[2].removeprefix("ValueError: ")) from None
+        last_line = str(error.with_traceback(None)).strip().rpartition("\n")[2]
     except BaseException as error:
-        raise error.with_traceback(None)  # noqa: B904  (whose frames would keep the workers alive)
+        raise error.with_traceback(None)  # noqa: B904
+    else:
+        return
+    raise ValueError(last_line.removeprefix("ValueError: "))

@@ -106,6 +106,7 @@ def test_traffic_is_what_one_counts_by_hand(run, operators, units):
     assert sum(traffic.bytes.values()) == units * UNIT
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_keeps_two_activations():
     """The convolution that it replaces keeps one, the text and the published form nine. A compiler left alone: 3.3."""
     layer, x = SCConv(64, 64), torch.randn(2, 64, 32, 32, requires_grad=True)

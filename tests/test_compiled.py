@@ -243,6 +243,7 @@ def test_one_graph_serves_images_of_any_number_and_size(memory_format):
         assert graphs.frame_count == first > 0
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_laid_out_is_taken():
     layer, x = build(8, 8), randn(2, 8, 4, 4).requires_grad_()
     (found,) = torch.autograd.grad(fast(layer)(x).sum(), x)  # the gradient is one number, expanded
@@ -456,6 +457,7 @@ def test_can_be_copied_and_pickled():
         assert twin.cru.gwc.weight is not quick.cru.gwc.weight
 
 
+@pytest.mark.slow
 def test_two_trainings_take_the_same_course():
     layer, x = build(8, 8), randn(4, 8, 5, 5)
     quick = fast(layer)

@@ -1,6 +1,7 @@
 """The image sets and their batches, held against slow loops and counts made by other means."""
 
 import http.server
+import multiprocessing
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -501,6 +502,7 @@ def test_a_damaged_photograph_is_named_in_one_line(food, workers, damage):
     with pytest.raises(ValueError, match=rf"^{path}: cannot be read \(.*replace the image") as error:
         list(train_batches(data, 4, 0, 1))
     assert "\n" not in str(error.value)
+    assert not multiprocessing.active_children()  # an exit would wait for them
 
 
 def write_half(path):

@@ -50,6 +50,7 @@ def test_layers_are_found_in_every_network(network, convolutions):
     assert found == (convolutions, list(dict.fromkeys(name.rpartition(".")[0] for name in convolutions)))
 
 
+@pytest.mark.slow
 def test_what_is_found_is_what_the_analyses_find(digits):
     torch.manual_seed(0)
     model = build_model("scconv_resnet20").eval().requires_grad_(False)
@@ -113,6 +114,7 @@ def run(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_the_command_records_once_and_refuses_in_one_line(run, capsys):
     assert main([str(run), "--images", "10"]) == 0
     written = run.parents[1] / "inside" / run.name

@@ -54,6 +54,7 @@ def test_every_appended_layer_has_the_published_parameters():
     assert len(ours) == 16
 
 
+@pytest.mark.slow
 def test_names_are_unique_and_every_unit_of_every_family_builds():
     assert len(set(model_names())) == len(model_names()) == 6 * 7 - 1 + 1 + 3 * 6
     for order in ("scconv", "cru", "sru", "cru_sru", "parallel"):

@@ -21,6 +21,7 @@ from scconv.reporting.cards import card
 from scconv.training import evaluate, load_trained, results, train
 from scconv.training.recipes import QUICK
 
+pytestmark = pytest.mark.slow  # they train a network first
 ROOT = str(Path(__file__).parents[1])
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
