@@ -13,27 +13,26 @@ from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from scconv.files import CHECKOUT
+from scconv.training.provenance import ask_git
 
 
 def full_commit(name: str) -> str:
     """The hash of `name`: a commit, branch or tag. ValueError where the repository has none."""
-    done = subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"], cwd=ROOT, capture_output=True, text=True
-    )
-    if done.returncode:
+    commit = ask_git("rev-parse", "--verify", f"{name}^{{commit}}")
+    if commit is None:
         raise ValueError(f"{name}: no commit of this repository")
-    return done.stdout.strip()
+    return commit
 
 
 @cache
-def earlier_build_model(commit: str) -> Callable:
+def earlier_build_model(commit: str, checkout: Path = CHECKOUT) -> Callable:
     """`build_model` of that commit. Its package is renamed: a compiler finds a function's module by its name."""
     name = f"scconv_{commit[:8]}"
     folder = Path(tempfile.mkdtemp(prefix=name))
     atexit.register(shutil.rmtree, folder)  # a compiler reads the text when a function first runs
     command = ["git", "archive", "--format=zip", commit, "scconv"]
-    archive = subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    archive = subprocess.run(command, cwd=checkout, check=True, capture_output=True)
     zipfile.ZipFile(BytesIO(archive.stdout)).extractall(folder)
     (folder / "scconv").rename(folder / name)
     for path in folder.rglob("*.py"):

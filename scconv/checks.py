@@ -1,4 +1,7 @@
-"""Invalid arguments are answered with one line that names the argument."""
+"""Invalid arguments are answered with one line that names the argument.
+
+`check_choice` and `whole` are in `layers.py`, which must need torch alone.
+"""
 
 import argparse
 import os

@@ -183,3 +183,4 @@ def test_the_table_of_equal_size():
     assert table.loc["Grouped ResNet-20"].tolist()[2:] == ["30.00%", "1", "–", "–"]  # no seed in common
     assert table.loc["Separable ResNet-20"].tolist()[2:] == ["not run yet", "0", "–", "–"]
     assert all(abs(float(text.partition("(")[2].rstrip("%)"))) < 4 for text in table["parameters"][1:])
+    assert all(8 < float(text.partition("(")[2].rstrip("%)")) < 12 for text in table["MACs (M)"][1:])  # "about a tenth"

@@ -1,7 +1,8 @@
 """Which pixels a network's prediction depends on: Captum's methods by one call, one map for each image.
 
-Not in the paper. Captum (https://captum.ai) does the work; here it runs in eval mode, and leaves the model, its
-gradients and the images as they were. What Captum does not know of, the SRU's gate, is in `ablation.py`.
+Not in the paper. Captum (https://captum.ai) does the work, and turns gradients on where it needs them. Here it runs in
+eval mode, and leaves the model, its gradients and the images as they were. What Captum does not know of, the SRU's
+gate, is in `ablation.py`.
 """
 
 from collections.abc import Iterator

@@ -66,6 +66,7 @@ def how_near(counts: dict[str, int], network: str) -> str:
     return "" if network == OURS else f" ({counts[network] / counts[OURS] - 1:+.1%})"
 
 
+# The baselines that the sentence of `answer_equal_size` is about.
 RAN = [*((f"{kind}_resnet20", seed) for kind in ("grouped", "narrow") for seed in (0, 1)), ("separable_resnet20", 0)]
 
 

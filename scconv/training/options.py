@@ -76,8 +76,9 @@ class Options:
             if not is_tensorboard_available():
                 raise ValueError("tracker='tensorboard': needs tensorboard; pip install tensorboard")
         least = {"seed": 0, "workers": 0, "epochs": 1, "batch_size": 1, "limit_train_batches": 1, "threads": 1}
-        for name in least.keys() & {name for name, value in vars(self).items() if value is not None}:
-            whole(name, getattr(self, name), least[name])
+        for name, smallest in least.items():
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name), smallest)
         check_at_least(1, time_budget=self.time_budget)
         check_at_least(0, checkpoint_minutes=self.checkpoint_minutes)
         check_at_most(LARGEST_SEED, seed=self.seed)
