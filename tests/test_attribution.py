@@ -109,6 +109,7 @@ def test_batches_do_not_change_the_maps(method):
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "layer"),
     [

@@ -63,6 +63,7 @@ def test_macs_of_the_appended_resnet34():
     assert macs == pytest.approx(21.09e9, rel=0.0005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scconv_resnet20", "densenet121"])
 def test_agrees_with_torchinfo(name):
     # torchinfo adds the parameters of norms and the biases of linear layers, once for each image

@@ -452,6 +452,7 @@ def test_jacobians_by_every_means_agree(build):
         assert_close(jacobian, rows, rtol=1e-10, atol=1e-12, msg=name)
 
 
+@pytest.mark.slow
 @each_layer
 def test_transforms_of_torch_func_compile(build):
     layer, x = small(build), randn(3, 8, 4, 4)
@@ -523,6 +524,7 @@ def test_features_of_a_network_can_be_extracted():
     assert_close(features, expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("gate", ["soft", "hard"])
 def test_compiles_to_one_graph(order, gate):
