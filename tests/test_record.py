@@ -46,6 +46,12 @@ def test_a_moved_missing_or_new_number_is_named(recorded, changed, where):
     assert "\n" not in str(error.value)
 
 
+def test_all_that_is_new_of_a_network_is_named_in_few_words(recorded):
+    with pytest.raises(ValueError, match=r"network was None and is \[\[0, .* …$") as error:
+        record("page", {**MEASURED, "network": [[n, n] for n in range(1000)]}, folder=recorded)
+    assert len(str(error.value)) < 200
+
+
 def test_without_a_file_there_is_nothing_to_compare(tmp_path):
     assert "Nothing to compare" in record("page", MEASURED, folder=tmp_path)
     assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import textwrap
 from pathlib import Path
 
 import torch
@@ -60,7 +61,11 @@ def _differences(old, new, rtol: float, where: str = ""):
         if not math.isclose(old, new, rel_tol=rtol, abs_tol=1e-12):
             yield f"{where} was {old:.6g} and is {new:.6g}"
     elif old != new:
-        yield f"{where} was {old!r} and is {new!r}"
+        yield f"{where} was {_brief(old)} and is {_brief(new)}"
+
+
+def _brief(value) -> str:
+    return textwrap.shorten(repr(value), 80, placeholder=" …")  # it may be all that was measured of a new network
 
 
 def _is_number(value) -> bool:
