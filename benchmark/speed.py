@@ -16,6 +16,7 @@ written also has the quartiles.
 
 Only where they are asked for:
 
+    narrow        a network without SCConv, with as many parameters as with it; so are grouped and separable
     dense         a trial: SCConv with GWC and PWC1 as one dense convolution (dense.py)
     earlier       a network of the package as it was at the commit --earlier (earlier.py)
 
@@ -49,7 +50,7 @@ from scconv import SCConv, compile_scconv
 from scconv.compiled import CompiledSCConv
 from scconv.files import write_sealed
 from scconv.inference import fuse_for_inference
-from scconv.models import build_model
+from scconv.models import EQUAL_SIZE, build_model
 from scconv.reporting.recorded import RESULTS
 from scconv.training.provenance import device_name, find_commit
 
@@ -74,6 +75,8 @@ FORMS = {
 FORMS["memory"] = FORMS["layer"]
 TRIALS = {"dense+compile": "SCConv, GWC and PWC1 as one dense convolution, torch.compile"}
 EARLIER = {"earlier": "the earlier package, eager", "earlier+compile": "the earlier package, torch.compile"}
+EQUAL = {kind: f"{kind}, as large as with SCConv, eager" for kind in EQUAL_SIZE}
+EQUAL |= {f"{kind}+compile": f"{kind}, as large as with SCConv, torch.compile" for kind in EQUAL_SIZE}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # With glibc's defaults freed memory goes back to the system, and page faults on the next use drown what is measured.
 ALLOCATOR = {
@@ -102,7 +105,10 @@ def build_network(form: str, channels: int, arguments: argparse.Namespace) -> nn
     if kind in ("plain", "scconv", "dense"):
         model = build_model(arguments.network, **common)
         return make_dense(model, arguments.dense_up_to) if kind == "dense" else model
-    model = build_model(arguments.network.removeprefix("scconv_"), **common)
+    base = arguments.network.removeprefix("scconv_")
+    if kind in EQUAL_SIZE:
+        return build_model(f"{kind}_{base}", **common)
+    model = build_model(base, **common)
     if kind == "floor":
         for block in model.modules():
             for name, conv in list(block.named_children()):
@@ -310,8 +316,8 @@ def count(shape: tuple[int, ...], arguments: argparse.Namespace):
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=FORMS)
-    listed, trials = ", ".join(FORMS["network"]), ", ".join(TRIALS)
-    parser.add_argument("--forms", nargs="+", help=f"by default all: {listed}; as a trial {trials}")
+    listed, trials = ", ".join(FORMS["network"]), ", ".join([*EQUAL, *TRIALS])
+    parser.add_argument("--forms", nargs="+", help=f"by default all: {listed}; besides {trials}")
     parser.add_argument("--shapes", nargs="+", default=None, metavar="C,H,N", help="of the layer; H is also the width")
     parser.add_argument("--batch", type=int, help="N of every shape, and of the network (16; on a GPU 128)")
     parser.add_argument("--network", default="scconv_resnet50", help="a network with SCConv for the name of another")
@@ -329,7 +335,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS / "benchmark", help="a folder, or a file's name in .json")
     arguments = parser.parse_args(argv)
     what, quick = arguments.what, arguments.quick
-    known = [*FORMS[what], *TRIALS, *(EARLIER if what == "network" else [])]
+    known = [*FORMS[what], *TRIALS, *(EARLIER | EQUAL if what == "network" else [])]
     arguments.forms = arguments.forms or [form for form in FORMS[what] if not (quick and form.endswith(COMPILED))]
     if BASE not in arguments.forms or not set(arguments.forms) <= set(known):
         parser.error(f"--forms {' '.join(arguments.forms)}: must be {BASE} and some of {', '.join(known[1:])}")
@@ -397,7 +403,7 @@ def main() -> None:
         rows = list(time_all(shapes, build_layer, layer_call, arguments))
     else:
         rows = list(time_all(shapes, build_network, network_call, arguments))
-    forms = {form: (FORMS[arguments.what] | TRIALS | EARLIER)[form] for form in arguments.forms}
+    forms = {form: (FORMS[arguments.what] | EQUAL | TRIALS | EARLIER)[form] for form in arguments.forms}
     training = "forward and backward" + ", cross-entropy included, no optimiser" * (arguments.what == "network")
     path = arguments.out if arguments.out.suffix == ".json" else arguments.out / f"{file_name(arguments)}.json"
     write(path, {"what": arguments.what, "forms": forms, "rows": rows, "training": training}, arguments, start)
@@ -412,6 +418,7 @@ def file_name(arguments: argparse.Namespace) -> str:
     unlike += [f"batch{arguments.batch}"] if arguments.batch else []
     unlike += [arguments.compile_mode] if arguments.compile_mode != "default" else []
     unlike += [f"beside_{arguments.earlier[:7]}"] if arguments.earlier else []
+    unlike += ["equal_size"] if set(EQUAL) & set(arguments.forms) else []
     unlike += ["dense"] if set(TRIALS) & set(arguments.forms) else []
     return "-".join([arguments.what, arguments.device, arguments.dtype, *unlike])
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from scconv import SCConv, compile_scconv
+from scconv.complexity import count_params
 from scconv.files import checksum
 from scconv.layers import convert_published_state_dict
 from scconv.models import build_model
@@ -24,6 +25,7 @@ sys.path.insert(0, str(BENCHMARK))
 from counts import Traffic, saved_bytes  # noqa: E402
 from earlier import earlier_build_model, full_commit  # noqa: E402
 from popular import PopularSCConv, make_popular, reconstruct  # noqa: E402
+from speed import build_network, parse  # noqa: E402
 
 
 @pytest.mark.parametrize("name", ["soft-c32", "soft-c64-alpha75"])
@@ -153,6 +155,22 @@ def test_writes_a_whole_file(what, tmp_path):
     else:
         popular = [row["forward_operators"] for row in content["rows"] if row["form"] == "popular"]
         assert popular == [64 + 27, 128 + 27, 256 + 27, 512 + 27]  # Python's sum: one a channel
+
+
+@pytest.mark.slow
+def test_networks_of_equal_size_are_timed_where_they_are_asked_for(tmp_path):
+    forms = ["3x3", "plain", "narrow", "grouped", "separable"]
+    arguments = parse(["network", "--network", "scconv_resnet20", "--forms", *forms])
+    params = {form: count_params(build_network(form, 3, arguments)) for form in forms}
+    assert params["3x3"] > 4 * params["plain"]
+    assert all(params[form] == pytest.approx(params["plain"], rel=0.04) for form in forms[1:])
+    command = [sys.executable, BENCHMARK / "speed.py", "network", "--network", "scconv_resnet20", "--quick"]
+    done = subprocess.run([*command, "--forms", *forms, "--out", tmp_path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.iterdir()
+    assert path.name == "network-cpu-float32-resnet20-equal_size.json"  # it does not replace the main measurement
+    timed = {(row["form"], row["direction"]) for row in json.loads(path.read_text("utf-8"))["rows"]}
+    assert timed == {(form, direction) for form in forms for direction in ("inference", "training")}
 
 
 @pytest.mark.slow

@@ -20,6 +20,9 @@ FORMS = {
     "3x3+folded": "3×3, folded",
     "3x3+folded+compile": "3×3, folded, compiled",
     "scconv+folded+compile": "SCConv, folded, compiled",
+    "narrow+compile": "narrow, compiled",
+    "grouped+compile": "grouped, compiled",
+    "separable+compile": "separable, compiled",
 }
 
 
