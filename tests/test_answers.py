@@ -6,10 +6,10 @@ import shutil
 import pytest
 
 from scconv.complexity import count_macs, count_params
-from scconv.files import checksum
+from scconv.files import checksum, write_sealed
 from scconv.models import build_model
 from scconv.reporting.answers import compare_pairs, draw_answers, reduction, show_answers
-from scconv.reporting.equal_size import answer_equal_size, tabulate_equal_size
+from scconv.reporting.equal_size import TIMED, answer_equal_size, tabulate_equal_size, tabulate_times
 from scconv.reporting.recorded import RESULTS
 from scconv.reporting.tables import in_markdown, read_runs
 from scconv.reporting.verdicts import accuracy_and_time, verdicts
@@ -162,6 +162,17 @@ def test_another_winner_at_equal_size_needs_another_sentence():
     for top1, message in ((0.44, "all are better"), (0.48, "in this order"), (0.52, "little of the loss is size")):
         with pytest.raises(ValueError, match=f"rewrite it: {message}"):
             answer_equal_size([*runs, *(like_scconv("separable_resnet20", seed, top1) for seed in (0, 1))])
+
+
+def test_times_at_equal_size_are_relative_to_the_compiled_network_with_3x3s(tmp_path):
+    ratios = {"3x3": 1.0, "3x3+compile": 0.8, "scconv+compile": 0.4, "separable+compile": 0.6}
+    rows = [{"form": form, "direction": "inference", "ratio": ratio} for form, ratio in ratios.items()]
+    write_sealed(tmp_path / f"{TIMED['resnet50']}.json", {"rows": rows})
+    table = tabulate_times(tmp_path).set_index("3×3s")
+    assert table.loc["with SCConv", "ResNet-50, inference"] == "0.50"
+    assert table.loc["separable", "ResNet-50, inference"] == "0.75"
+    assert table.loc["narrow", "ResNet-50, inference"] == "not run yet"
+    assert set(table["ResNet-50, training"]) | set(table["ResNet-20, inference"]) == {"not run yet"}
 
 
 def test_the_table_of_equal_size():

@@ -3,6 +3,7 @@
 They are compared with SCConv-ResNet-20, all after 15 epochs of CIFAR-100 with the recipe `fast`.
 """
 
+from pathlib import Path
 from statistics import median
 
 import pandas as pd
@@ -11,6 +12,8 @@ import torch
 from scconv.complexity import count_macs, count_params
 from scconv.models import EQUAL_SIZE, build_model
 from scconv.reporting.answers import bears_out
+from scconv.reporting.benchmarks import read_benchmark
+from scconv.reporting.recorded import RESULTS
 from scconv.reporting.tables import describe, display_name
 from scconv.training.paired import Comparison, compare_runs
 
@@ -59,6 +62,39 @@ def tabulate_equal_size(runs: list[dict]) -> pd.DataFrame:
                 or "–",
             }
         )
+    return pd.DataFrame(rows)
+
+
+# The benchmarks with these networks, of ResNet-20 in batches of 128 as it was trained, and of ResNet-50 in 16.
+TIMED = {"resnet20": "network-cpu-float32-resnet20-batch128-equal_size", "resnet50": "network-cpu-float32-equal_size"}
+
+
+def relative_times(base: str, folder: Path = RESULTS / "benchmark") -> dict[tuple[str, str], float]:
+    """Time of the networks as large as `base` with SCConv, as a share of the 3×3 network's, all of them compiled.
+
+    Keys are ("scconv" or a kind of EQUAL_SIZE, "inference" or "training"). Empty where the benchmark was not run.
+    """
+    rows = (read_benchmark(TIMED[base], folder) or {"rows": []})["rows"]
+    ratio = {(row["form"], row["direction"]): row["ratio"] for row in rows}
+    return {
+        (kind, way): ratio[f"{kind}+compile", way] / ratio["3x3+compile", way]
+        for kind in ("scconv", *EQUAL_SIZE)
+        for way in ("inference", "training")
+        if (f"{kind}+compile", way) in ratio
+    }
+
+
+def tabulate_times(folder: Path = RESULTS / "benchmark") -> pd.DataFrame:
+    """`relative_times` as the report prints them: a row a kind of network, a column a base and direction; all text."""
+    times = {base: relative_times(base, folder) for base in TIMED}
+    rows = []
+    for kind, title in (("scconv", "with SCConv"), *((kind, kind) for kind in reversed(EQUAL_SIZE))):
+        row = {"3×3s": title}
+        for base, found in times.items():
+            for way in ("inference", "training"):
+                share = found.get((kind, way))
+                row[f"{display_name(base)}, {way}"] = "not run yet" if share is None else f"{share:.2f}"
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
