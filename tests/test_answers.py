@@ -9,7 +9,7 @@ from scconv.complexity import count_macs, count_params
 from scconv.files import checksum, write_sealed
 from scconv.models import build_model
 from scconv.reporting.answers import compare_pairs, draw_answers, reduction, show_answers
-from scconv.reporting.equal_size import TIMED, answer_equal_size, tabulate_equal_size, tabulate_times
+from scconv.reporting.equal_size import TIMED, answer_equal_size, answer_times, tabulate_equal_size, tabulate_times
 from scconv.reporting.recorded import RESULTS
 from scconv.reporting.tables import in_markdown, read_runs
 from scconv.reporting.verdicts import accuracy_and_time, verdicts
@@ -173,6 +173,14 @@ def test_times_at_equal_size_are_relative_to_the_compiled_network_with_3x3s(tmp_
     assert table.loc["separable", "ResNet-50, inference"] == "0.75"
     assert table.loc["narrow", "ResNet-50, inference"] == "not run yet"
     assert set(table["ResNet-50, training"]) | set(table["ResNet-20, inference"]) == {"not run yet"}
+
+
+def test_who_is_faster_at_equal_size_must_be_written_again_once_resnet50_is_timed(results):
+    folder = results / "benchmark"
+    answer_times(folder)  # as it is, it holds
+    shutil.copy(folder / f"{TIMED['resnet20']}.json", folder / f"{TIMED['resnet50']}.json")
+    with pytest.raises(ValueError, match="rewrite it: ResNet-50's networks were not timed"):
+        answer_times(folder)
 
 
 def test_the_table_of_equal_size():

@@ -85,6 +85,10 @@ def test_findings_are_those_of_the_result_files():
     expected += times("float32", "scconv+compile", "3x3+compile") + times("float32", "plain", "3x3")
     for processor in ("bfloat16-avx512", "bfloat16"):
         expected += times(processor, "scconv+compile", "3x3+compile")
+    small_networks = "float32-resnet20-batch128-equal_size"
+    expected += times(small_networks, "scconv+compile", "3x3+compile")
+    for kind in ("narrow", "grouped", "separable"):
+        assert all(float(share) < 1 for share in times(small_networks, f"{kind}+compile", "scconv+compile"))
     expected += [f"{gamma['gamma']['seed_0']['mean']:.3f}", f"{gamma['gamma_decay_alone']:.3f}"]
     assert measured(findings_of(README)) == expected
 
