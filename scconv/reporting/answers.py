@@ -117,8 +117,8 @@ def answer_faster(folder: Path = RESULTS) -> str:
     bears_out(gpu is None or min(gpu.values()) > 0.9, "on a processor: a GPU gains next to nothing")
     return (
         f"**On a processor, once compiled.** Then it takes {inference:.2f} of ResNet-50's time in inference and "
-        f"{training:.2f} in training (float32). Next to nothing is gained uncompiled, or in bfloat16 on matrix units, and "
-        "a ResNet-20, with at most 64 channels, [gets slower](#report-equal-size). "
+        f"{training:.2f} in training (float32). Next to nothing is gained uncompiled, or in bfloat16 on matrix units, "
+        "and a ResNet-20, with at most 64 channels, [gets slower](#report-equal-size). "
         f"{describe_gpu(gpu)} "
         "([measured](#report-performance))"
     )
