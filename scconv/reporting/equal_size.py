@@ -112,8 +112,8 @@ def answer_times(folder: Path = RESULTS / "benchmark") -> str:
         f"**Nor is it faster at this size.** Compiled, SCConv-ResNet-20 takes {times['scconv', 'inference']:.2f} of "
         f"ResNet-20's time in inference and {times['scconv', 'training']:.2f} in a training step, more than each of "
         "the three, of which the grouped and the narrow one are faster than ResNet-20. Its layers have 16 to 64 "
-        "channels. There is little arithmetic to save in so few, and SCConv pays for it with more passes over memory. A "
-        "ResNet-50's layers have 64 to 512, and [there it is faster than the 3×3](#report-performance)."
+        "channels. There is little arithmetic to save in so few, and SCConv pays for it with more passes over memory. "
+        "A ResNet-50's layers have 64 to 512, and [there it is faster than the 3×3](#report-performance)."
     )
 
 
