@@ -19,7 +19,7 @@ from scconv.reporting.plots import draw_accuracy_against_redundancy
 from scconv.reporting.recorded import RESULTS
 from scconv.surgery import cifar_stem, replace_conv3x3
 from scconv.training import train
-from scconv.training.inside import decay_alone, find_layers, look_inside, main, read_inside
+from scconv.training.inside import below_eps, decay_alone, find_layers, look_inside, main, read_inside
 from scconv.training.recipes import QUICK
 
 RESNET20 = [f"layer{stage}.{block}.conv{i}" for stage in (1, 2, 3) for block in (0, 1, 2) for i in (1, 2)]
@@ -73,7 +73,14 @@ def test_what_is_found_is_what_the_analyses_find(digits):
 
 def test_a_network_without_srus_has_no_gates(digits):
     found = look_inside(build_model("grouped_resnet20").eval().requires_grad_(False), digits, FEW)
-    assert found.keys() == {"convolutions", "blocks", "redundancy"}
+    assert found.keys() == {"convolutions", "blocks", "redundancy", "below_eps"}
+
+
+def test_the_share_of_channels_below_eps():
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 2, 1), torch.nn.BatchNorm2d(2, eps=0.5))
+    model[0].running_var.copy_(torch.tensor([1e-6, 1e-4, 1.0, 0.9e-5]))  # its ε is 1e-5
+    model[2].running_var.copy_(torch.tensor([0.4, 0.3]))
+    assert below_eps(model) == {"0": 0.5, "2": 1.0}
 
 
 def thin_resnet50():

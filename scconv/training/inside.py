@@ -52,8 +52,9 @@ def _convolutions(module: nn.Module, prefix: str = "") -> Iterator[str]:
 def look_inside(model: nn.Module, data: ImageData, images: dict[str, int], device: str = "cpu") -> dict:
     """All measurements of a network, with as many of the set's test images as `images` says.
 
-    Returns the names of the `convolutions` and `blocks`; `redundancy`, see `measure_network`, in float64; and where
-    there are SRUs, in float32, `gates` of `gates_by_layer`, `gamma` and `beta` of each SRU's group norm, and what
+    Returns the names of the `convolutions` and `blocks`; `redundancy`, see `measure_network`, in float64; `below_eps`,
+    the share of each batch norm's channels whose running variance is below its ε, which it does not restore (chapter 3;
+    files from before have none); and where there are SRUs, in float32, `gates` of `gates_by_layer`, `gamma` and `beta` of each SRU's group norm, and what
     `ablation_study` found.
     """
     convolutions, blocks = find_layers(model)
@@ -66,7 +67,7 @@ def look_inside(model: nn.Module, data: ImageData, images: dict[str, int], devic
     model, (x, _) = copy.deepcopy(model).to(device, torch.float64), load(images["redundancy"], torch.float64)
     redundancy, _ = measure_network(model, x, convolutions, blocks, batch_size=BATCH)
     redundancy.pop("gate", None)  # `gates` has them
-    found = {"convolutions": convolutions, "blocks": blocks, "redundancy": redundancy}
+    found = {"convolutions": convolutions, "blocks": blocks, "redundancy": redundancy, "below_eps": below_eps(model)}
     norms = [module.gn for module in model.modules() if isinstance(module, SRU)]
     if not norms:
         return found
@@ -77,6 +78,12 @@ def look_inside(model: nn.Module, data: ImageData, images: dict[str, int], devic
         found[key] = {end: [getattr(v, of)().item() for v in values]
                       for end, of in (("mean", "mean"), ("least", "min"), ("most", "max"))}  # fmt: skip
     return {**found, "ablation": ablation_study(model, x, labels)}
+
+
+def below_eps(model: nn.Module) -> dict[str, float]:
+    """The share of channels whose running variance is below ε, for each batch norm by its name."""
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    return {name: (norm.running_var < norm.eps).double().mean().item() for name, norm in norms.items()}
 
 
 def decay_alone(run: dict) -> float:
