@@ -54,8 +54,8 @@ def look_inside(model: nn.Module, data: ImageData, images: dict[str, int], devic
 
     Returns the names of the `convolutions` and `blocks`; `redundancy`, see `measure_network`, in float64; `below_eps`,
     the share of each batch norm's channels whose running variance is below its ε, which it does not restore (chapter 3;
-    files from before have none); and where there are SRUs, in float32, `gates` of `gates_by_layer`, `gamma` and `beta` of each SRU's group norm, and what
-    `ablation_study` found.
+    files from before have none); and where there are SRUs, in float32, `gates` of `gates_by_layer`, `gamma` and `beta`
+    of each SRU's group norm, and what `ablation_study` found.
     """
     convolutions, blocks = find_layers(model)
 
