@@ -17,6 +17,7 @@ from scconv.models import build_model
 from scconv.reporting.inside import answer_redundancy_and_accuracy, read_all, show_inside, tabulate_inside
 from scconv.reporting.plots import draw_accuracy_against_redundancy
 from scconv.reporting.recorded import RESULTS
+from scconv.reporting.tables import describe
 from scconv.surgery import cifar_stem, replace_conv3x3
 from scconv.training import train
 from scconv.training.inside import below_eps, decay_alone, find_layers, look_inside, main, read_inside
@@ -193,10 +194,10 @@ def test_the_table_says_what_is_not_run_and_the_figure_shows_the_rest():
     assert shown.loc["SCConv-DenseNet-121"].tolist() == ["–", "not run yet", "–"]
     assert set(shown.loc["ResNet-20", "γ"]) == {"–"}
     labels = draw_accuracy_against_redundancy(table).axes[0].texts
-    assert len(labels) == len({run["model"] for _, run in FOUND})
+    assert len(labels) == len({describe(run)["network"] for _, run in FOUND})
 
 
 def test_another_network_needs_another_sentence():
-    assert "n = 11" in answer_redundancy_and_accuracy(tabulate_inside(FOUND))
-    with pytest.raises(ValueError, match="but there are 12"):
+    assert "n = 12" in answer_redundancy_and_accuracy(tabulate_inside(FOUND))
+    with pytest.raises(ValueError, match="but there are 13"):
         answer_redundancy_and_accuracy(tabulate_inside([*FOUND, FOUND[0]]))

@@ -27,16 +27,21 @@ def colour_of(model_name: str) -> str:
     return next((colour for family, colour in COLOURS.items() if family in model_name), COLOURS["baseline"])
 
 
+OVER_2C = (0, (6, 1, 1, 1, 1, 1, 1, 1))  # a dash and three dots
+
+
 def draw_learning_curves(curves: pd.DataFrame) -> Figure:
     """Test top-1 (%) against the epoch, a line for each network and seed of what `tables.learning_curves` returns.
 
-    The colour is the family's. Dashes are seed 1, dots further seeds, dashes and dots the hard gate.
+    The colour is the family's. Dashes are seed 1, dots further seeds, dashes and dots the hard gate, dashes
+    and three dots the soft-max over 2C.
     """
     fig, ax = plt.subplots(figsize=(6.5, 5.8))
     for (*_, network, setting, seed), run in curves.groupby([*KEYS, "seed"], sort=False):
-        style = "-." if "gate=hard" in network else {0: "-", 1: "--"}.get(seed, ":")
+        style = {0: "-", 1: "--"}.get(seed, ":")
+        style = "-." if "gate=hard" in network else OVER_2C if "fusion=global" in network else style
         label = ", ".join(word for word in (display_name(network), setting, f"seed {seed}") if word)
-        ax.plot(run["epoch"], 100 * run["test_top1"], style, color=colour_of(network), label=label)
+        ax.plot(run["epoch"], 100 * run["test_top1"], linestyle=style, color=colour_of(network), label=label)
     ax.set(xlabel="epoch", ylabel="test top-1 (%)", ylim=(0, None))
     fig.legend(loc="outside lower center")  # inside, it would hide curves
     return fig
