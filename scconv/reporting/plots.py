@@ -92,7 +92,7 @@ def draw_accuracy_against_parameters(table: pd.DataFrame) -> Figure:
         raise ValueError("table: no experiment with two networks that ran")
     fig, axes = plt.subplots(len(panels), 1, figsize=(6.5, 3.8 * len(panels)), squeeze=False)
     for ax, rows in zip(axes.flat, panels, strict=True):
-        largest, apart = rows["params"].max(), 9 * np.ptp(rows["top1"])  # labels stay 9 % of the height apart
+        largest, apart = rows["params"].max(), 12 * np.ptp(rows["top1"])  # labels stay 12 % apart
         lowest = {"left": -np.inf, "right": -np.inf}
         for network, row in rows.iterrows():
             millions, top1, colour = row["params"] / 1e6, 100 * row["top1"], colour_of(network)
@@ -106,7 +106,7 @@ def draw_accuracy_against_parameters(table: pd.DataFrame) -> Figure:
                 ax.plot(pair["params"] / 1e6, 100 * pair["top1"], ":", color="0.5", zorder=0)
         ax.set_title(f"{row['data']}\n{describe_recipe(row)}")
         ax.set(ylabel="test top-1 (%)", xlabel="parameters (millions)", xlim=(0, 1.08 * largest / 1e6))
-        ax.margins(y=0.12)
+        ax.margins(y=0.15)
     return fig
 
 
@@ -128,7 +128,7 @@ def draw_accuracy_against_redundancy(table: pd.DataFrame) -> Figure:
         lowest[side] = max(top1.mean(), lowest[side] + apart)
         label_beside(ax, display_name(network), (x.min() if side == "right" else x.max(), lowest[side]), side)
     ax.set(xlabel="mean |correlation| of channels", ylabel="test top-1 (%)")
-    ax.margins(0.12)
+    ax.margins(x=0.12, y=0.2)  # the label of the highest point may stand above it
     return fig
 
 
