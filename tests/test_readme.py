@@ -44,7 +44,7 @@ PHOTOGRAPHS = "food101-fast-epochs_40-batch_size_32-lr_0.05-image_size_128"
 def runs(network: str, how: str = SMALL) -> list[dict]:
     """The runs of one experiment, one for each seed."""
     paths = (ROOT / "results" / "runs").glob(f"{how}-{network}-seed*.json")
-    return [json.loads(path.read_text("utf-8")) for path in paths]
+    return [json.loads(path.read_text("utf-8")) for path in sorted(paths)]
 
 
 def times(dtype: str, form: str, base: str) -> list[str]:

@@ -90,7 +90,7 @@ def draw_accuracy_against_parameters(table: pd.DataFrame) -> Figure:
     panels = [rows.sort_values("top1").set_index("network", drop=False) for _, rows in groups if len(rows) > 1]
     if not panels:
         raise ValueError("table: no experiment with two networks that ran")
-    fig, axes = plt.subplots(len(panels), 1, figsize=(6.5, 3.8 * len(panels)), squeeze=False)
+    fig, axes = plt.subplots(len(panels), 1, figsize=(6.5, 3.3 * len(panels)), squeeze=False)
     for ax, rows in zip(axes.flat, panels, strict=True):
         largest, apart = rows["params"].max(), 12 * np.ptp(rows["top1"])  # labels stay 12 % apart
         lowest = {"left": -np.inf, "right": -np.inf}
