@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from scconv.reporting.benchmarks import read_benchmark
+from scconv.reporting.benchmarks import time_shares
 from scconv.reporting.plots import COLOURS
 from scconv.reporting.recorded import RESULTS
 from scconv.reporting.tables import TITLES, describe, display_name, read_runs
@@ -44,25 +44,16 @@ def reduction(base: str, of: str, key: str, folder: Path = RESULTS) -> float:
     return 1 - counts(PREFIX + base, folder=folder)[of][key] / counts(base, folder=folder)[of][key]
 
 
-def relative_times(dtype: str, folder: Path = RESULTS, device: str = "cpu") -> dict | None:
+def relative_times(dtype: str, folder: Path = RESULTS, device: str = "cpu") -> dict[tuple[str, str], float]:
     """SCConv-ResNet-50's time by (form, direction), as a share of the 3×3 network's in the same form.
 
     `dtype` is "float32", "bfloat16" (a processor with matrix units) or "bfloat16-avx512" (one with vector units alone).
 
     "compiled" holds two compiled networks against each other, "written" two that are not.
-    None where the benchmark was not run.
+    Empty where the benchmark was not run.
     """
-    benchmark = read_benchmark(f"network-{device}-{dtype}", folder / "benchmark")
-    if benchmark is None:
-        return None
-    ratio = {(row["form"], row["direction"]): row["ratio"] for row in benchmark["rows"]}
     forms = {"compiled": ("scconv+compile", "3x3+compile"), "written": ("plain", "3x3")}
-    return {
-        (form, direction): ratio[ours, direction] / ratio[base, direction]
-        for form, (ours, base) in forms.items()
-        for direction in ("inference", "training")
-        if (ours, direction) in ratio
-    }
+    return time_shares(f"network-{device}-{dtype}", forms, folder / "benchmark")
 
 
 def find_pairs(runs: list[dict]) -> list[tuple[dict, dict]]:
@@ -114,7 +105,7 @@ def answer_faster(folder: Path = RESULTS) -> str:
     few = relative_times("float32-resnet20-batch128-equal_size", folder)
     bears_out(min(few.values()) > 1.2, "a wide network: a ResNet-20 gets slower")
     gpu = relative_times("bfloat16", folder, "cuda")
-    bears_out(gpu is None or min(gpu.values()) > 0.9, "on a processor: a GPU gains next to nothing")
+    bears_out(not gpu or min(gpu.values()) > 0.9, "on a processor: a GPU gains next to nothing")
     return (
         "**A [wide network](#report-equal-size) on a processor, once compiled.** It takes "
         f"{inference:.2f} of ResNet-50's time in inference and {training:.2f} in training (float32). Next to nothing "
@@ -124,9 +115,9 @@ def answer_faster(folder: Path = RESULTS) -> str:
     )
 
 
-def describe_gpu(times: dict | None) -> str:
+def describe_gpu(times: dict[tuple[str, str], float]) -> str:
     """The sentence on `relative_times` of a GPU: of compiled networks, or of others where those were not measured."""
-    if times is None:
+    if not times:
         return "A GPU was not measured yet."
     form = "compiled" if ("compiled", "training") in times else "written"
     word = {"compiled": "compiled", "written": "not compiled"}[form]

@@ -39,6 +39,24 @@ def read_benchmark(name: str, folder: Path = RESULTS / "benchmark") -> dict | No
     return {**content, "rows": [row for row in content["rows"] if row["form"] in FORMS]}
 
 
+def time_shares(
+    name: str, forms: dict[str, tuple[str, str]], folder: Path = RESULTS / "benchmark"
+) -> dict[tuple[str, str], float]:
+    """Time of one form as a share of another's, from the benchmark `name`, by (title, direction).
+
+    `forms` gives for each title the form that is timed and the one that counts as 1. A form or direction that was not
+    measured is left out, and all of them where the benchmark was not run.
+    """
+    rows = (read_benchmark(name, folder) or {"rows": []})["rows"]
+    ratio = {(row["form"], row["direction"]): row["ratio"] for row in rows}
+    return {
+        (title, way): ratio[form, way] / ratio[base, way]
+        for title, (form, base) in forms.items()
+        for way in ("inference", "training")
+        if (form, way) in ratio
+    }
+
+
 def describe_machine(benchmark: dict) -> str:
     """Device, threads, precision, version of torch and date, as a caption says them."""
     machine, settings = benchmark["machine"], benchmark["settings"]

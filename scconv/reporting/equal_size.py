@@ -12,7 +12,7 @@ import torch
 from scconv.complexity import count_macs, count_params
 from scconv.models import EQUAL_SIZE, build_model
 from scconv.reporting.answers import bears_out
-from scconv.reporting.benchmarks import read_benchmark
+from scconv.reporting.benchmarks import time_shares
 from scconv.reporting.recorded import RESULTS
 from scconv.reporting.tables import describe, display_name
 from scconv.training.paired import Comparison, compare_runs
@@ -69,24 +69,18 @@ def tabulate_equal_size(runs: list[dict]) -> pd.DataFrame:
 TIMED = {"resnet20": "network-cpu-float32-resnet20-batch128-equal_size", "resnet50": "network-cpu-float32-equal_size"}
 
 
-def relative_times(base: str, folder: Path = RESULTS / "benchmark") -> dict[tuple[str, str], float]:
+def times_at_equal_size(base: str, folder: Path = RESULTS / "benchmark") -> dict[tuple[str, str], float]:
     """Time of the networks as large as `base` with SCConv, as a share of the 3×3 network's, all of them compiled.
 
     Keys are ("scconv" or a kind of EQUAL_SIZE, "inference" or "training"). Empty where the benchmark was not run.
     """
-    rows = (read_benchmark(TIMED[base], folder) or {"rows": []})["rows"]
-    ratio = {(row["form"], row["direction"]): row["ratio"] for row in rows}
-    return {
-        (kind, way): ratio[f"{kind}+compile", way] / ratio["3x3+compile", way]
-        for kind in ("scconv", *EQUAL_SIZE)
-        for way in ("inference", "training")
-        if (f"{kind}+compile", way) in ratio
-    }
+    forms = {kind: (f"{kind}+compile", "3x3+compile") for kind in ("scconv", *EQUAL_SIZE)}
+    return time_shares(TIMED[base], forms, folder)
 
 
 def tabulate_times(folder: Path = RESULTS / "benchmark") -> pd.DataFrame:
-    """`relative_times` as the report prints them: a row a kind of network, a column a base and direction; all text."""
-    times = {base: relative_times(base, folder) for base in TIMED}
+    """`times_at_equal_size` as the report prints it: a row a kind, a column a base and direction; all text."""
+    times = {base: times_at_equal_size(base, folder) for base in TIMED}
     rows = []
     for kind, title in (("scconv", "with SCConv"), *((kind, kind) for kind in reversed(EQUAL_SIZE))):
         row = {"3×3s": title}
@@ -100,8 +94,8 @@ def tabulate_times(folder: Path = RESULTS / "benchmark") -> pd.DataFrame:
 
 def answer_times(folder: Path = RESULTS / "benchmark") -> str:
     """Is it at least faster than the others of its size? Written by hand for ResNet-20 alone."""
-    bears_out(not relative_times("resnet50", folder), "ResNet-50's networks were not timed")
-    times = relative_times("resnet20", folder)
+    bears_out(not times_at_equal_size("resnet50", folder), "ResNet-50's networks were not timed")
+    times = times_at_equal_size("resnet20", folder)
     for way in ("inference", "training"):
         narrow, grouped, separable = (times[kind, way] for kind in EQUAL_SIZE)
         bears_out(

@@ -27,7 +27,8 @@ def colour_of(model_name: str) -> str:
     return next((colour for family, colour in COLOURS.items() if family in model_name), COLOURS["baseline"])
 
 
-OVER_2C = (0, (6, 1, 1, 1, 1, 1, 1, 1))  # a dash and three dots
+SEED_LINES = {0: "-", 1: "--"}  # further seeds are dotted
+OPTION_LINES = {"gate=hard": "-.", "fusion=global": (0, (6, 1, 1, 1, 1, 1, 1, 1))}  # the last: a dash and three dots
 
 
 def draw_learning_curves(curves: pd.DataFrame) -> Figure:
@@ -38,8 +39,8 @@ def draw_learning_curves(curves: pd.DataFrame) -> Figure:
     """
     fig, ax = plt.subplots(figsize=(6.5, 5.8))
     for (*_, network, setting, seed), run in curves.groupby([*KEYS, "seed"], sort=False):
-        style = {0: "-", 1: "--"}.get(seed, ":")
-        style = "-." if "gate=hard" in network else OVER_2C if "fusion=global" in network else style
+        lines = [style for option, style in OPTION_LINES.items() if option in network]
+        style = lines[0] if lines else SEED_LINES.get(seed, ":")
         label = ", ".join(word for word in (display_name(network), setting, f"seed {seed}") if word)
         ax.plot(run["epoch"], 100 * run["test_top1"], linestyle=style, color=colour_of(network), label=label)
     ax.set(xlabel="epoch", ylabel="test top-1 (%)", ylim=(0, None))
