@@ -65,10 +65,10 @@ def show_inside(table: pd.DataFrame, columns: dict[str, tuple[str, str]]) -> pd.
 
 
 def answer_redundancy_and_accuracy(table: pd.DataFrame) -> str:
-    """Does less redundancy go with more accuracy? Written by hand for twelve networks of seven designs."""
+    """Does less redundancy go with more accuracy? Written by hand for fourteen networks of seven designs."""
     seen = table.dropna(subset=["correlation"])
     designs = seen.groupby("network")[["correlation", "rank", "top1"]].median()
-    bears_out((len(seen), len(designs)) == (12, 7), f"twelve networks of seven designs, but there are {len(seen)}")
+    bears_out((len(seen), len(designs)) == (14, 7), f"fourteen networks of seven designs, but there are {len(seen)}")
     rho, rho_rank = (spearmanr(seen[kind], seen["top1"]).statistic for kind in ("correlation", "rank"))
     bears_out(max(abs(rho), abs(rho_rank)) < 0.5, "hardly, by either measure")
     extreme, others = designs.loc["scconv_resnet20, fusion=global"], designs.drop("scconv_resnet20, fusion=global")
@@ -82,7 +82,7 @@ def answer_redundancy_and_accuracy(table: pd.DataFrame) -> str:
     bears_out(same_size["top1"].idxmax() == "separable_resnet20", "and the most accurate of its size")
     return (
         f"**Hardly, here.** Spearman's rank correlation of the two is {rho:+.1f}, with n = {len(seen)} networks; with "
-        f"the effective rank in place of the correlation, it is {rho_rank:+.1f}. The twelve are seeds of seven "
+        f"the effective rank in place of the correlation, it is {rho_rank:+.1f}. The fourteen are seeds of seven "
         "designs, too few to find a weak relation. The one with the public implementations' soft-max has by far the "
         "most redundant channels, and is the least accurate. But a strict relation is refuted by the next, the "
         "separable ResNet-20: its channels are more redundant than those of all the rest, and it is the most accurate "

@@ -37,8 +37,9 @@ def draw_learning_curves(curves: pd.DataFrame) -> Figure:
     The colour is the family's. Dashes are seed 1, dots further seeds, dashes and dots the hard gate, dashes
     and three dots the soft-max over 2C.
     """
-    fig, ax = plt.subplots(figsize=(6.5, 5.8))
-    for (*_, network, setting, seed), run in curves.groupby([*KEYS, "seed"], sort=False):
+    groups = curves.groupby([*KEYS, "seed"], sort=False)
+    fig, ax = plt.subplots(figsize=(6.5, 3.5 + 0.29 * len(groups)))  # a line of the legend is 0.29 inches high
+    for (*_, network, setting, seed), run in groups:
         lines = [style for option, style in OPTION_LINES.items() if option in network]
         style = lines[0] if lines else SEED_LINES.get(seed, ":")
         label = ", ".join(word for word in (display_name(network), setting, f"seed {seed}") if word)

@@ -12,11 +12,11 @@ from scconv.reporting.answers import (
     answer_redundant,
     bears_out,
     counts,
-    listed,
     read,
     reduction,
     redundancy,
     relative_times,
+    spread,
 )
 from scconv.reporting.equal_size import answer_equal_size, runs_by_seed
 from scconv.reporting.recorded import RESULTS
@@ -112,7 +112,7 @@ def accuracy_and_time(folder: Path = RESULTS) -> pd.DataFrame:
 def judge_redundancy(folder: Path) -> list[str]:
     answer_redundant(folder)  # raises where SCConv's features are not the more redundant ones
     plain, ours = (redundancy(name, "correlation", folder) for name in ("resnet20", "scconv_resnet20"))
-    found = f"correlation {listed(plain)} → {listed(ours)}"
+    found = f"correlation {spread(plain)} → {spread(ours)}"
     n = f"{len(plain)}, {len(ours)}"
     return ["less redundant features", "pictures (figure 5)", found, n, "ResNet-20, 15 epochs", NOT_REPRODUCED]
 
