@@ -9,7 +9,8 @@ from scconv.complexity import count_macs, count_params
 from scconv.files import checksum, write_sealed
 from scconv.models import build_model
 from scconv.reporting.answers import compare_pairs, draw_answers, reduction, show_answers
-from scconv.reporting.equal_size import TIMED, answer_equal_size, answer_times, tabulate_equal_size, tabulate_times
+from scconv.reporting.benchmarks import TIMED
+from scconv.reporting.equal_size import answer_equal_size, answer_times, tabulate_equal_size, tabulate_times
 from scconv.reporting.recorded import RESULTS
 from scconv.reporting.tables import in_markdown, read_runs
 from scconv.reporting.verdicts import accuracy_and_time, verdicts

@@ -11,8 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from scconv.models import EQUAL_SIZE
-from scconv.reporting.benchmarks import time_shares
+from scconv.reporting.benchmarks import time_shares, times_at_equal_size
 from scconv.reporting.plots import COLOURS
 from scconv.reporting.recorded import RESULTS
 from scconv.reporting.tables import TITLES, describe, display_name, read_runs
@@ -103,11 +102,10 @@ def answer_faster(folder: Path = RESULTS) -> str:
     bears_out(max(inference, training) < 0.9, "On a processor, once compiled: faster")
     bears_out(min(single["written", way] for way in ("inference", "training")) > 0.9, "not otherwise: hardly faster")
     bears_out(all(0.9 < half["compiled", way] < 1.1 for way in ("inference", "training")), "hardly on matrix units")
-    few = relative_times("float32-resnet20-batch128-equal_size", folder)
-    bears_out(min(few.values()) > 1.2, "a wide network: a ResNet-20 gets slower")
-    plain = {kind: (f"{kind}+compile", "scconv+compile") for kind in EQUAL_SIZE}
-    same_size = time_shares("network-cpu-float32-equal_size", plain, folder / "benchmark")
-    bears_out(max(same_size.values()) < 1.03, "plain ones as small take no more")
+    few, wide = (times_at_equal_size(base, folder / "benchmark") for base in ("resnet20", "resnet50"))
+    bears_out(min(few["scconv", way] for way in ("inference", "training")) > 1.2, "a wide network: a ResNet-20 slows")
+    no_more = [share < 1.03 * wide["scconv", way] for (_, way), share in wide.items()]
+    bears_out(no_more and all(no_more), "plain ones as small take no more")
     gpu = relative_times("bfloat16", folder, "cuda")
     bears_out(not gpu or min(gpu.values()) > 0.9, "on a processor: a GPU gains next to nothing")
     return (

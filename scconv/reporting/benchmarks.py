@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from scconv.files import read_sealed
+from scconv.models import EQUAL_SIZE
 from scconv.reporting.recorded import RESULTS
 
 # The forms of a layer or network that `benchmark/speed.py` compares, in words. Older files have forms that are gone.
@@ -55,6 +56,19 @@ def time_shares(
         for way in ("inference", "training")
         if (form, way) in ratio
     }
+
+
+# The benchmarks with networks of equal size: of ResNet-20 in batches of 128, as it was trained, and of ResNet-50 in 16.
+TIMED = {"resnet20": "network-cpu-float32-resnet20-batch128-equal_size", "resnet50": "network-cpu-float32-equal_size"}
+
+
+def times_at_equal_size(base: str, folder: Path = RESULTS / "benchmark") -> dict[tuple[str, str], float]:
+    """Time of the networks as large as `base` with SCConv, as a share of the 3×3 network's, all of them compiled.
+
+    Keys are ("scconv" or a kind of EQUAL_SIZE, "inference" or "training"). Empty where the benchmark was not run.
+    """
+    forms = {kind: (f"{kind}+compile", "3x3+compile") for kind in ("scconv", *EQUAL_SIZE)}
+    return time_shares(TIMED[base], forms, folder)
 
 
 def describe_machine(benchmark: dict) -> str:

@@ -12,7 +12,7 @@ import torch
 from scconv.complexity import count_macs, count_params
 from scconv.models import EQUAL_SIZE, build_model
 from scconv.reporting.answers import bears_out
-from scconv.reporting.benchmarks import time_shares
+from scconv.reporting.benchmarks import TIMED, times_at_equal_size
 from scconv.reporting.recorded import RESULTS
 from scconv.reporting.tables import describe, display_name
 from scconv.training.paired import Comparison, compare_runs
@@ -63,19 +63,6 @@ def tabulate_equal_size(runs: list[dict]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-# The benchmarks with these networks, of ResNet-20 in batches of 128 as it was trained, and of ResNet-50 in 16.
-TIMED = {"resnet20": "network-cpu-float32-resnet20-batch128-equal_size", "resnet50": "network-cpu-float32-equal_size"}
-
-
-def times_at_equal_size(base: str, folder: Path = RESULTS / "benchmark") -> dict[tuple[str, str], float]:
-    """Time of the networks as large as `base` with SCConv, as a share of the 3×3 network's, all of them compiled.
-
-    Keys are ("scconv" or a kind of EQUAL_SIZE, "inference" or "training"). Empty where the benchmark was not run.
-    """
-    forms = {kind: (f"{kind}+compile", "3x3+compile") for kind in ("scconv", *EQUAL_SIZE)}
-    return time_shares(TIMED[base], forms, folder)
 
 
 def tabulate_times(folder: Path = RESULTS / "benchmark") -> pd.DataFrame:

@@ -40,8 +40,8 @@ def draw_learning_curves(curves: pd.DataFrame) -> Figure:
     groups = curves.groupby([*KEYS, "seed"], sort=False)
     fig, ax = plt.subplots(figsize=(6.5, 3.5 + 0.29 * len(groups)))  # a line of the legend is 0.29 inches high
     for (*_, network, setting, seed), run in groups:
-        lines = [style for option, style in OPTION_LINES.items() if option in network]
-        style = lines[0] if lines else SEED_LINES.get(seed, ":")
+        of_seed = SEED_LINES.get(seed, ":")
+        style = next((style for option, style in OPTION_LINES.items() if option in network), of_seed)
         label = ", ".join(word for word in (display_name(network), setting, f"seed {seed}") if word)
         ax.plot(run["epoch"], 100 * run["test_top1"], linestyle=style, color=colour_of(network), label=label)
     ax.set(xlabel="epoch", ylabel="test top-1 (%)", ylim=(0, None))
