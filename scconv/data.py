@@ -385,11 +385,16 @@ def test_image_ids(data: ImageData) -> list[str]:
 
 
 def pick_test_images(data: ImageData, n: int) -> tuple[Tensor, Tensor]:
-    """`n` random test images of an in-memory set and their labels: the same ones in each copy of the set.
+    """`n` random test images of a set and their labels, uint8 (n, 3, H, W) and int64 (n,): the same in each copy of it.
 
     Copies of CIFAR-100 differ in their order, and one that is sorted by class has few classes among its first images.
-    The random number is computed from the pixels.
+    The random number is computed from the pixels; of photographs, which come sorted by class, from their names.
     """
+    if isinstance(data.test, Photographs):
+        digests = [hashlib.sha256(name.encode()).digest() for name in data.test.names]
+        chosen = sorted(range(data.num_test), key=digests.__getitem__)[:n]
+        images, labels = zip(*(data.test[address] for address in photograph_addresses(chosen, 0, 0)), strict=True)
+        return torch.stack(images), torch.tensor(labels)
     images, labels = data.test
     factors = torch.randint(2**40, (images[0].numel(),), generator=torch.Generator().manual_seed(0))
     chosen = (images.flatten(1).long() @ factors % 1_000_003).argsort(stable=True)[:n]

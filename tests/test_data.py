@@ -453,6 +453,23 @@ def test_food101_has_the_classes_that_are_listed(food):
     assert torch.cat([y for _, y in batches]).tolist() == [0, 0, 0, 1, 1, 1]
 
 
+def test_food101_picks_the_same_photographs_in_each_order(food):
+    data = load_data("food101", root=food, image_size=32, workers=0)
+    whole = next(eval_batches(data, 6))
+    images, labels = pick_test_images(data, 6)
+    assert (images.dtype, labels.dtype, len(images.flatten(1).unique(dim=0))) == (torch.uint8, torch.int64, 6)
+    mean, std = torch.tensor(data.mean), torch.tensor(data.std)
+    for image, label in zip(normalise(images, mean, std), labels, strict=True):
+        (place,) = (whole[0] == image).flatten(1).all(1).nonzero().flatten()
+        assert whole[1][place] == label
+    listed = food / "food-101" / "meta" / "test.json"
+    names = data_module.json.loads(listed.read_text())
+    listed.write_text(data_module.json.dumps({name: found[::-1] for name, found in reversed(names.items())}))
+    others = pick_test_images(load_data("food101", root=food, image_size=32, workers=0), 4)
+    assert torch.equal(images[:4], others[0])
+    assert torch.equal(labels[:4], others[1])
+
+
 def test_food101_batches_do_not_depend_on_workers_or_processes(food):
     alone = list(train_batches(load_data("food101", root=food, image_size=32, workers=0), 4, 0, 1))
     pool = list(train_batches(load_data("food101", root=food, image_size=32, workers=2), 4, 0, 1))

@@ -3,8 +3,10 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 from torchvision.models import resnet50
 
@@ -157,6 +159,40 @@ def test_the_command_records_once_and_refuses_in_one_line(run, capsys):
         written.write_text(json.dumps(damaged))
         with pytest.raises(ValueError, match=message):
             read_inside(written)
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Two classes of noise in Food-101's layout, 10 test images; `make(classes)` writes them and returns the root."""
+
+    def make(*classes):
+        root = tmp_path / "-".join(classes)
+        base, noise = root / "food-101", np.random.default_rng(0)
+        (base / "meta").mkdir(parents=True)
+        for split, count in (("train", 8), ("test", 5)):
+            listed = {name: [f"{name}/{split}{k}" for k in range(count)] for name in classes}
+            (base / "meta" / f"{split}.json").write_text(json.dumps(listed))
+            for path in (base / "images" / f"{name}.jpg" for names in listed.values() for name in names):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(noise.integers(256, size=(40, 50, 3), dtype=np.uint8)).save(path)
+        return root
+
+    return make
+
+
+@pytest.mark.slow
+def test_photographs_are_looked_at_if_they_are_those_of_the_run(photographs, tmp_path, capsys):
+    root, others = photographs("pie", "soup"), (photographs("pie", "stew"), photographs("pie", "soup", "stew"))
+    data, settings = load_data("food101", root=root, image_size=32, workers=0), {"progress": False}
+    train("scconv_resnet20", data, replace(QUICK, epochs=1, batch_size=8), 0, tmp_path / "runs", **settings)
+    (path,) = (tmp_path / "runs").glob("*.json")
+    for other in others:
+        assert main([str(path), "--images", "10", "--data-root", str(other)]) == 2
+        assert f"{path}: not tested on the images of food101 that are here" in capsys.readouterr().err
+    assert main([str(path), "--images", "10", "--data-root", str(root)]) == 0
+    content, run = read_inside(tmp_path / "inside" / path.name)
+    assert content["images"] == {"set": "food101", "redundancy": 10, "gates": 10}
+    assert content["ablation"]["accuracy"] == run["test"]["top1"]  # of all ten
 
 
 # ---- the committed files ----

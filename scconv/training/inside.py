@@ -19,9 +19,10 @@ from scconv.analysis.ablation import ablation_study
 from scconv.analysis.gates import gates_by_layer
 from scconv.analysis.networks import measure_network
 from scconv.checks import OneLineParser, check_at_least, check_at_most, not_empty
-from scconv.data import ImageData, Photographs, load_data, normalise, pick_test_images
+from scconv.data import ImageData, load_data, normalise, pick_test_images, test_image_ids
 from scconv.files import beside, expand, read_sealed, write_sealed
 from scconv.layers import SRU, SCConv
+from scconv.training.paired import checksum_of_images
 from scconv.training.provenance import device_name, find_commit, find_tree
 from scconv.training.recipes import Recipe, build_optimizer, build_schedule
 from scconv.training.results import load_trained, read_run
@@ -110,7 +111,7 @@ def record_inside(
     """Look into the network of each result file and write what was found; yields the path of each file.
 
     `images` replaces each of IMAGES. Raises ValueError, in one line, where the result file, its weights or the set
-    cannot be read, the set has fewer images, or the file is there already.
+    cannot be read, the set is not the one of the run or has fewer images, or the file is there already.
     """
     paths = [expand(path) for path in paths]
     code = {"commit": find_commit(), "tree": find_tree()}  # before the first file changes the checkout
@@ -129,8 +130,9 @@ def describe_inside(path: Path, images: int | None, device: str, data_root: str 
     counts = dict.fromkeys(IMAGES, images) if images else IMAGES
     model = load_trained(path).requires_grad_(False)
     data = load_data(run["data"]["name"], root=data_root, image_size=run["data"]["image_size"])
-    if isinstance(data.test, Photographs):
-        raise ValueError(f"{path}: of {data.name}; must be of a set that fits into memory, digits or cifar100")
+    tested = run.get("hits", {}).get("images")  # files before format 3 do not say which
+    if len(data.classes) != run["data"]["classes"] or tested not in (None, checksum_of_images(test_image_ids(data))):
+        raise ValueError(f"{path}: not tested on the images of {data.name} that are here")
     check_at_most(data.num_test, images=max(counts.values()))
     found = look_inside(model, data, counts, device)
     if "gamma" in found:

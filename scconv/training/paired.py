@@ -37,8 +37,12 @@ class Comparison:
 def pack_hits(right: Tensor, ids: list[str]) -> dict:
     """`right`, bool (N,), as one bit an image, in the order of the images' `ids`, and a checksum of these."""
     bits = np.packbits(right.numpy()[np.argsort(np.array(ids), kind="stable")])
-    images = hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()
-    return {"images": images, "bits": base64.b64encode(bits).decode()}
+    return {"images": checksum_of_images(ids), "bits": base64.b64encode(bits).decode()}
+
+
+def checksum_of_images(ids: list[str]) -> str:
+    """The same for the same images, whatever their order."""
+    return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()
 
 
 def unpack_hits(run: dict) -> np.ndarray | None:
