@@ -202,9 +202,9 @@ FOUND = read_all()
 
 def test_committed_files_are_of_a_clean_commit_and_of_the_chapters_images():
     assert len(FOUND) >= 3
-    for content, _ in FOUND:
+    for content, run in FOUND:
         assert "dirty" not in content["commit"] + content["tree"]
-        assert content["images"] == {"set": "cifar100", "redundancy": 400, "gates": 500}
+        assert content["images"] == {"set": run["data"]["name"], "redundancy": 400, "gates": 500}
 
 
 def test_committed_files_agree_with_the_chapters():
@@ -227,13 +227,23 @@ def test_committed_files_agree_with_the_chapters():
 def test_the_table_says_what_is_not_run_and_the_figure_shows_the_rest():
     table = tabulate_inside(FOUND)
     shown = show_inside(table, {"rank": ("rank", ".2f"), "gamma": ("γ", ".2f")}).set_index("network")
-    assert shown.loc["SCConv-DenseNet-121"].tolist() == ["–", "not run yet", "–"]
+    assert shown.loc["SCConv-DenseNet-121"].tolist() == ["–", "not run yet", "–", "CIFAR-100"]
     assert set(shown.loc["ResNet-20", "γ"]) == {"–"}
     labels = draw_accuracy_against_redundancy(table).axes[0].texts
-    assert len(labels) == len({describe(run)["network"] for _, run in FOUND})
+    assert len(labels) == len({describe(run)["network"] for _, run in FOUND if run["data"]["name"] == "cifar100"})
 
 
 def test_another_network_needs_another_sentence():
     assert "n = 14" in answer_redundancy_and_accuracy(tabulate_inside(FOUND))
     with pytest.raises(ValueError, match="but there are 15"):
         answer_redundancy_and_accuracy(tabulate_inside([*FOUND, FOUND[0]]))
+
+
+def test_networks_of_another_set_are_told_apart():
+    (content, run), *_ = FOUND
+    on_photographs = {**run, "data": {**run["data"], "name": "food101", "classes": 10, "image_size": 128}}
+    table = tabulate_inside([*FOUND, (content, on_photographs)])
+    assert answer_redundancy_and_accuracy(table) == answer_redundancy_and_accuracy(tabulate_inside(FOUND))
+    assert show_inside(table, {"rank": ("rank", ".2f")})["set"].iloc[-1] == "Food-101, 10 classes, 128 px"
+    (points,), (fewer,) = (draw_accuracy_against_redundancy(t).axes for t in (table, tabulate_inside(FOUND)))
+    assert [line.get_xdata().tolist() for line in points.lines] == [line.get_xdata().tolist() for line in fewer.lines]

@@ -11,7 +11,8 @@ from scconv.reporting.recorded import RESULTS
 from scconv.reporting.tables import describe, display_name
 from scconv.training.inside import read_inside
 
-# Rows that a table has with or without a file.
+CIFAR = "CIFAR-100"
+# Rows of CIFAR that a table has with or without a file.
 EXPECTED = ("sru_resnet20", "resnet50", "scconv_resnet50", "densenet121", "scconv_densenet121")
 REMOVALS = ("non_informative_itself", "non_informative_smallest", "non_informative_nonzero", "informative_itself")
 
@@ -24,11 +25,13 @@ def read_all(folder: Path = RESULTS / "inside") -> list[tuple[dict, dict]]:
 def tabulate_inside(found: list[tuple[dict, dict]]) -> pd.DataFrame:
     """One row a network, each number a mean over its layers; gaps for EXPECTED networks that nobody looked into."""
     rows = [
-        {"network": describe(run)["network"], "top1": run["test"]["top1"], **summarise(inside)} for inside, run in found
+        {**{key: describe(run)[key] for key in ("network", "data")}, "top1": run["test"]["top1"], **summarise(inside)}
+        for inside, run in found
     ]
-    there = {row["network"] for row in rows}
-    gaps = [{"network": network, "correlation": float("nan")} for network in EXPECTED if network not in there]
-    return pd.DataFrame([*rows, *gaps])
+    there = {(row["network"], row["data"]) for row in rows}
+    gaps = [network for network in EXPECTED if (network, CIFAR) not in there]
+    rows += [{"network": network, "data": CIFAR, "correlation": float("nan")} for network in gaps]
+    return pd.DataFrame(rows).sort_values("data", kind="stable", ignore_index=True)
 
 
 def summarise(inside: dict) -> dict:
@@ -60,13 +63,16 @@ def show_inside(table: pd.DataFrame, columns: dict[str, tuple[str, str]]) -> pd.
             value = row.get(key)  # None where no network has it
             missing = "–" if ran or place else "not run yet"
             shown[title] = missing if pd.isna(value) else format(value, spec)
-        rows.append(shown)
+        rows.append({**shown, "set": row["data"]})
     return pd.DataFrame(rows)
 
 
 def answer_redundancy_and_accuracy(table: pd.DataFrame) -> str:
-    """Does less redundancy go with more accuracy? Written by hand for fourteen networks of seven designs."""
-    seen = table.dropna(subset=["correlation"])
+    """Does less redundancy go with more accuracy? Written by hand for fourteen networks of seven designs.
+
+    Of networks on one set: accuracies on two do not compare, nor do correlations of maps of other sizes.
+    """
+    seen = table[table["data"] == CIFAR].dropna(subset=["correlation"])
     designs = seen.groupby("network")[["correlation", "rank", "top1"]].median()
     bears_out((len(seen), len(designs)) == (14, 7), f"fourteen networks of seven designs, but there are {len(seen)}")
     rho, rho_rank = (spearmanr(seen[kind], seen["top1"]).statistic for kind in ("correlation", "rank"))
