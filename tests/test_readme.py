@@ -12,6 +12,8 @@ from statistics import median
 
 import pytest
 
+from scconv.training.paired import compare_runs
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 CHINESE = (ROOT / "README.zh-TW.md").read_text("utf-8")
@@ -39,6 +41,7 @@ def read(name: str) -> dict:
 
 SMALL = "cifar100-fast-epochs_15"
 PHOTOGRAPHS = "food101-fast-epochs_40-batch_size_32-lr_0.05-image_size_128"
+RESIZED = PHOTOGRAPHS.replace("fast", "short")
 
 
 def runs(network: str, how: str = SMALL) -> list[dict]:
@@ -82,6 +85,10 @@ def test_findings_are_those_of_the_result_files():
         top1 = [run["test"]["top1"] for network in pair for run in runs(network, PHOTOGRAPHS)]
         assert round(196 * math.sqrt(sum(share * (1 - share) for share in top1) / 500)) == 6  # unpaired
         expected += [f"{share:.1%}" for share in top1]
+    pair = [run for network in ("scconv_resnet50", "resnet50") for run in runs(network, RESIZED)]
+    expected += [f"{run['test']['top1']:.1%}" for run in pair]
+    found = compare_runs(*pair)
+    assert {round(100 * abs(end - found.difference)) for end in (found.low, found.high)} == {4}  # paired
     expected += ["95%"]
     expected += times("float32", "scconv+compile", "3x3+compile") + times("float32", "plain", "3x3")
     for processor in ("bfloat16-avx512", "bfloat16"):
