@@ -136,7 +136,8 @@ def test_the_command_records_once_and_refuses_in_one_line(run, capsys):
     assert "beta1" not in content["gates"]
     table = tabulate_inside([(content, of)])
     correlations = [row[0] for row in content["redundancy"]["conv"]["correlation"]]
-    assert table["correlation"][0] == pytest.approx(sum(correlations) / 18)
+    (mean,) = table["correlation"].dropna()  # the others are networks that nobody looked into
+    assert mean == pytest.approx(sum(correlations) / 18)
     first = written.read_bytes()
     for words, message in (
         ([], "is there already; --overwrite replaces it"),
