@@ -131,7 +131,7 @@ def answer_accurate(runs: list[dict]) -> str:
     pairs = compare_pairs(runs)
     found = [pair for _, pair in pairs]
     worse, others = [pair for pair in found if pair.high < 0], [run for run, pair in pairs if pair.high >= 0]
-    bears_out(all(pair.low < 0 for pair in found), "No, not in what we could train: no pair gains by more than chance")
+    bears_out(all(pair.difference < 0 for pair in found), "No, not in what we could train: all pairs lose")
     bears_out(all(run["model"].endswith(("50", "121")) for run in others), "the others are all of large networks")
     seeds = Counter(tuple(describe(run).values()) for run, _ in pairs)
     several = {experiment: n for experiment, n in seeds.items() if n > 1}
