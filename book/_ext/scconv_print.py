@@ -37,7 +37,7 @@ def paper(page: Page) -> tuple[dict[str, str], str]:
     """The abstract apart. What precedes it on the page follows it, less the first words, which are about the page."""
     abstract, *sections = page.sections
     first = [part for part in page.before if not isinstance(part, nodes.paragraph)]
-    first.sort(key=lambda part: not any(part.findall(nodes.figure)))  # a figure fills the column better than a table
+    first.sort(key=lambda part: any(part.findall(nodes.figure)))  # the table fills the column below the abstract
     body = page.all(first)
     for section in sections:
         appendix = section[0].astext().startswith("Appendix")
