@@ -170,7 +170,7 @@ def show_answers(folder: Path = RESULTS) -> str:
 
 def draw_answers(folder: Path = RESULTS) -> Figure:
     """What SCConv costs, relative to the same network with 3×3 convolutions, and what it does to accuracy."""
-    fig, (cost, gain) = plt.subplots(2, figsize=(6.5, 7), height_ratios=(4, 6))
+    fig, (cost, gain) = plt.subplots(2, figsize=(6.5, 8.5), height_ratios=(4, 9))
     times = relative_times("float32", folder)
     shares = {
         title: 1 - reduction("resnet50", "ours", key, folder)
@@ -180,7 +180,7 @@ def draw_answers(folder: Path = RESULTS) -> Figure:
     bars = cost.barh(list(shares), list(shares.values()), color=COLOURS["scconv"])
     cost.bar_label(bars, fmt="{:.2f}", padding=4)
     cost.axvline(1, color=COLOURS["baseline"])
-    cost.set(xlim=(0, 1.15), title="Cost with SCConv (ResNet-50 is 1)")
+    cost.set(xlim=(0, 1.15), title="Cost (ResNet-50 is 1)")
     cost.invert_yaxis()
 
     found = compare_pairs(read_runs(folder / "runs"))[::-1]
@@ -189,7 +189,7 @@ def draw_answers(folder: Path = RESULTS) -> Figure:
         gain.errorbar(100 * pair.difference, place, xerr=ends, fmt="o", color=COLOURS["scconv"], capsize=4)
     gain.axvline(0, color=COLOURS["baseline"])
     gain.set_yticks(range(len(found)), [name_pair(run) for run, _ in found])
-    gain.set(title="Accuracy with SCConv less without", xlabel="points of top-1, 95 % interval")
+    gain.set(title="Change in accuracy", xlabel="points of top-1, 95 % interval")
     gain.set(ylim=(len(found) - 0.5, -0.5))
     return fig
 
