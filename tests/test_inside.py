@@ -16,7 +16,14 @@ from scconv.analysis.networks import measure_network
 from scconv.data import load_data, normalise, pick_test_images
 from scconv.files import checksum
 from scconv.models import build_model
-from scconv.reporting.inside import answer_redundancy_and_accuracy, read_all, show_inside, tabulate_inside
+from scconv.reporting.inside import (
+    answer_large_gamma,
+    answer_large_redundant,
+    answer_redundancy_and_accuracy,
+    read_all,
+    show_inside,
+    tabulate_inside,
+)
 from scconv.reporting.plots import draw_accuracy_against_redundancy
 from scconv.reporting.recorded import RESULTS
 from scconv.reporting.tables import describe
@@ -238,6 +245,17 @@ def test_another_network_needs_another_sentence():
     assert "n = 14" in answer_redundancy_and_accuracy(tabulate_inside(FOUND))
     with pytest.raises(ValueError, match="but there are 15"):
         answer_redundancy_and_accuracy(tabulate_inside([*FOUND, FOUND[0]]))
+
+
+def test_large_networks_that_differ_need_other_sentences():
+    assert "0.50 with SCConv and by 0.37 without" in answer_large_redundant(FOUND)
+    assert "at 0.793 on average" in answer_large_gamma(FOUND)
+    (base, base_run), (ours, run) = (part for part in FOUND if part[1]["model"].endswith("resnet50"))
+    with pytest.raises(ValueError, match="more redundant at each of the 16 layers"):
+        answer_large_redundant([(ours, base_run), (base, run)])
+    learned = {**ours, "gamma": {**ours["gamma"], "most": [*ours["gamma"]["most"][:-1], 0.8]}}
+    with pytest.raises(ValueError, match=r"no γ is further than 0\.1%"):
+        answer_large_gamma([(base, base_run), (learned, run)])
 
 
 def test_networks_of_another_set_are_told_apart():

@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import pytest
 
@@ -48,6 +48,16 @@ def runs(network: str, how: str = SMALL) -> list[dict]:
     """The runs of one experiment, one for each seed."""
     paths = (ROOT / "results" / "runs").glob(f"{how}-{network}-seed*.json")
     return [json.loads(path.read_text("utf-8")) for path in sorted(paths)]
+
+
+def correlation(run: dict) -> float:
+    """Between the channels behind a convolution, the mean over the network's."""
+    return mean(row[0] for row in read(f"inside/{run['name']}.json")["redundancy"]["conv"]["correlation"])
+
+
+def steps(run: dict) -> int:
+    recipe = run["recipe"]
+    return recipe["epochs"] * (run["data"]["train_images"] // recipe["batch_size"])
 
 
 def times(dtype: str, form: str, base: str) -> list[str]:
@@ -99,7 +109,14 @@ def test_findings_are_those_of_the_result_files():
         assert all(float(share) < 1 for share in times(small_networks, f"{kind}+compile", "scconv+compile"))
     for kind in ("narrow", "grouped"):
         expected += times("float32-equal_size", f"{kind}+compile", "3x3+compile")
+    for network in ("scconv_resnet20", "resnet20"):
+        found = [correlation(run) for run in runs(network)]
+        expected += [f"{min(found):.2f}", f"{max(found):.2f}"]
+    expected += [f"{correlation(run):.2f}" for run in pair]
     expected += [f"{gamma['gamma']['seed_0']['mean']:.3f}", f"{gamma['gamma_decay_alone']:.3f}"]
+    large = read(f"inside/{pair[0]['name']}.json")["gamma"]
+    expected += [f"{mean(large['mean']):.3f}", f"{large['decay_alone']:.3f}"]
+    assert steps(pair[0]) < steps(small)  # "a shorter training"
     assert measured(findings_of(README)) == expected
 
 

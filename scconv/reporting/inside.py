@@ -6,7 +6,7 @@ from statistics import mean
 import pandas as pd
 from scipy.stats import spearmanr
 
-from scconv.reporting.answers import bears_out
+from scconv.reporting.answers import PHOTOGRAPHS, bears_out
 from scconv.reporting.recorded import RESULTS
 from scconv.reporting.tables import describe, display_name
 from scconv.training.inside import read_inside
@@ -65,6 +65,48 @@ def show_inside(table: pd.DataFrame, columns: dict[str, tuple[str, str]]) -> pd.
             shown[title] = missing if pd.isna(value) else format(value, spec)
         rows.append({**shown, "set": row["data"]})
     return pd.DataFrame(rows)
+
+
+def find_large_pair(found: list[tuple[dict, dict]]) -> tuple[dict, dict]:
+    """What was found in the ResNet-50s on photographs, without and with SCConv, both of seed 0."""
+    by_run = {run["name"]: inside for inside, run in found}
+    return by_run[f"{PHOTOGRAPHS}-resnet50-seed0"], by_run[f"{PHOTOGRAPHS}-scconv_resnet50-seed0"]
+
+
+def answer_large_redundant(found: list[tuple[dict, dict]]) -> str:
+    """Are a large network's features more redundant, too? Written by hand for one pair of ResNet-50s."""
+    base, ours = (inside["redundancy"]["conv"] for inside in find_large_pair(found))
+    for kind, sign in (("correlation", 1), ("rank", -1)):
+        layers = [sign * (b[0] - a[0]) for a, b in zip(base[kind], ours[kind], strict=True)]
+        bears_out(len(layers) == 16 and min(layers) > 0, "more redundant at each of the 16 layers by both measures")
+    mean_of = {kind: [mean(row[0] for row in conv[kind]) for conv in (base, ours)] for kind in ("correlation", "rank")}
+    (plain, with_scconv), ranks = mean_of["correlation"], mean_of["rank"]
+    around = find_large_pair(found)[1]["redundancy"]["sru"]["correlation"]
+    trained, untrained = (mean(row[0] for row in around[key]) for key in ("change", "fresh_change"))
+    bears_out(all(row[2] < 0 for row in around["change"]), "each SRU lowers the correlation")
+    bears_out(abs(trained - untrained) < 0.001, "as much as an untrained one")
+    return (
+        "**In a ResNet-50 on photographs it is the same.** After the 40 epochs of `short` on Food-101's subset, the "
+        f"channels behind the 16 3×3s, or what replaced them, correlate by {with_scconv:.2f} with SCConv and by "
+        f"{plain:.2f} without, on 400 test images. The effective rank is {ranks[1]:.3f} of the number of channels with "
+        f"SCConv and {ranks[0]:.3f} without. SCConv's are the more redundant at each of the 16, by both measures. Both "
+        "networks have equally many channels there, and are about equally accurate. Each SRU lowers the correlation, "
+        f"by {-trained:.2f} on average, as an untrained one would. This is one seed of each."
+    )
+
+
+def answer_large_gamma(found: list[tuple[dict, dict]]) -> str:
+    """Does the SRU of a large network learn more? Written by hand for one SCConv-ResNet-50."""
+    gamma, beta = (find_large_pair(found)[1][key] for key in ("gamma", "beta"))
+    alone = gamma["decay_alone"]
+    furthest = max(abs(value / alone - 1) for end in ("least", "most") for value in gamma[end])
+    bears_out(len(gamma["mean"]) == 16 and furthest < 0.001, "no γ is further than 0.1% from what decay alone leaves")
+    bears_out(max(abs(value) for end in ("least", "most") for value in beta[end]) < 0.001, "nor β from 0 by 0.001")
+    return (
+        "**Nor does it in a ResNet-50.** After 40 epochs of photographs, 1,840 steps, the γ of SCConv-ResNet-50's 16 "
+        f"SRUs are at {mean(gamma['mean']):.3f} on average. Weight decay without any gradient would leave {alone:.3f}, "
+        "and no single γ is further from that than 0.1%. No β is further from 0 than 0.001."
+    )
 
 
 def answer_redundancy_and_accuracy(table: pd.DataFrame) -> str:
