@@ -10,13 +10,20 @@ from scconv.files import checksum, write_sealed
 from scconv.models import build_model
 from scconv.reporting.answers import compare_pairs, draw_answers, reduction, show_answers
 from scconv.reporting.benchmarks import TIMED
-from scconv.reporting.equal_size import answer_equal_size, answer_times, tabulate_equal_size, tabulate_times
+from scconv.reporting.equal_size import (
+    answer_equal_size,
+    answer_large_equal_size,
+    answer_times,
+    tabulate_equal_size,
+    tabulate_times,
+)
 from scconv.reporting.recorded import RESULTS
 from scconv.reporting.tables import in_markdown, read_runs
 from scconv.reporting.verdicts import accuracy_and_time, verdicts
 from scconv.training.results import read_run
 
 SCCONV = "runs/cifar100-fast-epochs_15-scconv_resnet20-seed0.json"
+SHORT = "food101-short-epochs_40-batch_size_32-lr_0.05-image_size_128"
 SPEED = "benchmark/network-cpu-float32.json"
 REDUNDANCY = "inside/cifar100-fast-epochs_15-scconv_resnet20-seed0.json"
 
@@ -158,10 +165,10 @@ def like_scconv(network, seed=0, top1=0.46):
     return {**run, "model": network, "seed": seed, "test": {**run["test"], "top1": top1}}
 
 
-@pytest.mark.parametrize("baseline", [("separable_resnet20", 2), ("separable_resnet50", 0)])
+@pytest.mark.parametrize("baseline", [("separable_resnet20", 2), ("separable_resnet50", 0), ("narrow_resnet50", 1)])
 def test_who_wins_at_equal_size_must_be_written_again_once_another_baseline_has_run(results, baseline):
     answer_equal_size(read_runs())  # as it is, it holds
-    message = "rewrite it: two seeds of each baseline of a ResNet-20"
+    message = "rewrite it: baselines with the seeds"
     network, seed = baseline
     with pytest.raises(ValueError, match=message):
         answer_equal_size([*read_runs(), like_scconv(network, seed)])
@@ -176,6 +183,18 @@ def test_another_winner_at_equal_size_needs_another_sentence():
     for top1, message in ((0.44, "all are better"), (0.48, "in this order"), (0.52, "little of the loss is size")):
         with pytest.raises(ValueError, match=f"rewrite it: {message}"):
             answer_equal_size([*runs, *(like_scconv("separable_resnet20", seed, top1) for seed in (0, 1))])
+
+
+def test_another_narrow_resnet50_needs_another_sentence():
+    runs = read_runs()
+    (narrow,) = (run for run in runs if run["model"] == "narrow_resnet50")
+    (ours,) = (run for run in runs if run["name"] == f"{SHORT}-scconv_resnet50-seed0")
+    assert "43.8%, 3.8 (-0.2 to +7.8) points more" in answer_large_equal_size(runs)
+    others = [run for run in runs if run is not narrow]
+    with pytest.raises(ValueError, match="rewrite it: the narrow one is ahead of both"):
+        answer_large_equal_size([*others, {**ours, "model": "narrow_resnet50"}])
+    with pytest.raises(ValueError, match="rewrite it: one seed of each"):
+        answer_large_equal_size([*runs, {**narrow, "seed": 1}])
 
 
 def test_times_at_equal_size_are_relative_to_the_compiled_network_with_3x3s(tmp_path):
@@ -221,3 +240,17 @@ def test_the_table_of_equal_size():
     assert table.loc["Separable ResNet-20"].tolist()[2:] == ["not run yet", "0", "–", "–"]
     assert all(abs(float(text.partition("(")[2].rstrip("%)"))) < 4 for text in table["parameters"][1:])
     assert all(8 < float(text.partition("(")[2].rstrip("%)")) < 12 for text in table["MACs (M)"][1:])  # "about a tenth"
+
+
+def test_a_resnet50_is_compared_with_those_that_were_trained_as_it_was():
+    ours = read_run(RESULTS / "runs" / f"{SHORT}-scconv_resnet50-seed0.json")
+    base = read_run(RESULTS / "runs" / f"{SHORT}-resnet50-seed0.json")
+    narrow = {**base, "model": "narrow_resnet50"}  # with the hits of another network
+    elsewhere = {**narrow, "recipe": {**base["recipe"], "epochs": 12}, "test": {**base["test"], "top1": 0.9}}
+    table = tabulate_equal_size([ours, narrow, elsewhere], "resnet50").set_index("network")
+    sizes = [f"{ours['params']:,}", f"{ours['macs'] / 1e6:.2f}"]  # as the trainer counted them
+    assert table.loc["SCConv-ResNet-50"].tolist() == [*sizes, f"{ours['test']['top1']:.2%}", "1", "–", "–"]
+    assert table.loc["Narrow ResNet-50", ["top-1", "n"]].tolist() == [f"{base['test']['top1']:.2%}", "1"]
+    difference = 100 * (base["test"]["top1"] - ours["test"]["top1"])
+    assert table.loc["Narrow ResNet-50"].iloc[-1].startswith(f"{difference:+.1f} (")
+    assert set(table.loc[["Grouped ResNet-50", "Separable ResNet-50"], "top-1"]) == {"not run yet"}
