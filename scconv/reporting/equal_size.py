@@ -176,7 +176,7 @@ def answer_large_equal_size(runs: list[dict]) -> str:
     ]
     return (
         f"**In a ResNet-50 we cannot tell.** On photographs the narrow one reaches {narrow[0]['test']['top1']:.1%}, "
-        f"{more[0]} than SCConv-ResNet-50 and {more[1]} than ResNet-50 itself. With one seed and 500 "
-        " test images, either may be chance. This does not confirm the order of the ResNet-20s, nor does it "
-        "contradict it. The grouped and the separable ResNet-50 are not run yet."
+        f"{more[0]} than SCConv-ResNet-50 and {more[1]} than ResNet-50 itself. With one seed and 500 test "
+        "images, either may be chance. This does not confirm the order of the ResNet-20s, nor does it contradict it. "
+        "The grouped and the separable ResNet-50 are not run yet."
     )
