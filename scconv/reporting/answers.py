@@ -175,7 +175,7 @@ def show_answers(folder: Path = RESULTS) -> str:
 
 def draw_answers(folder: Path = RESULTS) -> Figure:
     """What SCConv costs, relative to the same network with 3×3 convolutions, and what it does to accuracy."""
-    fig, (cost, gain) = plt.subplots(2, figsize=(6.5, 8.5), height_ratios=(4, 9))
+    fig, (cost, gain) = plt.subplots(2, figsize=(6.5, 7), height_ratios=(3, 8))
     times = relative_times("float32", folder)
     shares = {
         title: 1 - reduction("resnet50", "ours", key, folder)

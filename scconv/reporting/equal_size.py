@@ -107,10 +107,11 @@ def answer_times(folder: Path = RESULTS / "benchmark") -> str:
         kind: f"{large[kind, 'inference']:.2f} and {large[kind, 'training']:.2f}" for kind in ("scconv", *EQUAL_SIZE)
     }
     return (
-        f"**Nor is it faster than they are.** Compiled, SCConv-ResNet-20 takes {small['scconv', 'inference']:.2f} of "
-        f"ResNet-20's time in inference and {small['scconv', 'training']:.2f} in a training step, more than each of "
-        "the three, of which the grouped and the narrow one are faster than ResNet-20. Its layers have 16 to 64 "
-        "channels. There is little arithmetic to save in so few, and SCConv pays for it with more passes over memory."
+        "**Nor is it faster than plain networks of its size.** Compiled, SCConv-ResNet-20 takes "
+        f"{small['scconv', 'inference']:.2f} of ResNet-20's time in inference and {small['scconv', 'training']:.2f} in "
+        "a training step, more than each of the three plain ones, of which the grouped and the narrow one are faster "
+        "than ResNet-20. Its layers have 16 to 64 channels. There is little arithmetic to save in so few, and SCConv "
+        "pays for it with more passes over memory."
         "\n\nA ResNet-50's layers have 64 to 512 channels, and there SCConv is faster than the 3×3: SCConv-ResNet-50 "
         f"takes {both['scconv']} of ResNet-50's time in this run. But fewer channels ({both['narrow']}) and groups "
         f"({both['grouped']}) save more time at the same number of parameters, and depthwise-separable convolutions "
