@@ -251,6 +251,11 @@ def test_large_networks_that_differ_need_other_sentences():
     assert "0.50 with SCConv and by 0.37 without" in answer_large_redundant(FOUND)
     assert "at 0.793 on average" in answer_large_gamma(FOUND)
     (base, base_run), (ours, run) = (part for part in FOUND if part[1]["model"].endswith("resnet50"))
+    recipe, steps_per_epoch = run["recipe"], run["data"]["train_images"] // run["recipe"]["batch_size"]
+    assert (
+        f"{recipe['epochs']} epochs of photographs, {recipe['epochs'] * steps_per_epoch:,} steps"
+        in answer_large_gamma(FOUND)
+    )
     with pytest.raises(ValueError, match="more redundant at each of the 16 layers"):
         answer_large_redundant([(ours, base_run), (base, run)])
     learned = {**ours, "gamma": {**ours["gamma"], "most": [*ours["gamma"]["most"][:-1], 0.8]}}

@@ -75,13 +75,14 @@ def find_large_pair(found: list[tuple[dict, dict]]) -> tuple[dict, dict]:
 
 def answer_large_redundant(found: list[tuple[dict, dict]]) -> str:
     """Are a large network's features more redundant, too? Written by hand for one pair of ResNet-50s."""
-    base, ours = (inside["redundancy"]["conv"] for inside in find_large_pair(found))
+    _, with_srus = pair = [inside["redundancy"] for inside in find_large_pair(found)]
+    base, ours = (redundancy["conv"] for redundancy in pair)
     for kind, sign in (("correlation", 1), ("rank", -1)):
         layers = [sign * (b[0] - a[0]) for a, b in zip(base[kind], ours[kind], strict=True)]
         bears_out(len(layers) == 16 and min(layers) > 0, "more redundant at each of the 16 layers by both measures")
     mean_of = {kind: [mean(row[0] for row in conv[kind]) for conv in (base, ours)] for kind in ("correlation", "rank")}
     (plain, with_scconv), ranks = mean_of["correlation"], mean_of["rank"]
-    around = find_large_pair(found)[1]["redundancy"]["sru"]["correlation"]
+    around = with_srus["sru"]["correlation"]
     trained, untrained = (mean(row[0] for row in around[key]) for key in ("change", "fresh_change"))
     bears_out(all(row[2] < 0 for row in around["change"]), "each SRU lowers the correlation")
     bears_out(abs(trained - untrained) < 0.001, "as much as an untrained one")
