@@ -243,6 +243,17 @@ def test_a_wide_table_says_that_it_scrolls_and_keeps_its_first_column(browser):
     page.close()
 
 
+def test_the_caption_of_a_wide_table_is_read_without_scrolling(browser):
+    page, _ = watched(browser, "phone")
+    page.goto((SITE / "book" / "report.html").as_uri())
+    page.wait_for_selector(".pst-scrollable-table-container[data-more] caption")
+    captions = page.locator(".pst-scrollable-table-container[data-more] caption")
+    for caption in captions.all():
+        box = caption.bounding_box()
+        assert 0 <= box["x"] < box["x"] + box["width"] <= SIZES["phone"]["width"]
+    page.close()
+
+
 def test_no_state_is_told_by_an_emoji(visits):
     status = SITE / "book" / "status.html"
     assert not re.search("[✅❌☑✔✘]", status.read_text(encoding="utf-8"))
