@@ -177,6 +177,6 @@ def answer_large_equal_size(runs: list[dict]) -> str:
         f"grouped one reaches {grouped[0]['test']['top1']:.1%} and the narrow one {narrow[0]['test']['top1']:.1%}, "
         f"{points[0]} and {points[1]} points more than SCConv-ResNet-50, and {points[2]} and {points[3]} points more "
         "than ResNet-50 itself. Each has one seed and 500 test images, and of these four intervals only the first "
-        f"leaves out 0 (p = {first.p:.2f}); among four, that may be chance as well. This agrees with the ResNet-20s, "
+        f"leaves out 0 (p = {first.p:.3f}); among four, that may be chance as well. This agrees with the ResNet-20s, "
         "but does not confirm them. The separable ResNet-50 is not run yet."
     )
