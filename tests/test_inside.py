@@ -19,6 +19,7 @@ from scconv.models import build_model
 from scconv.reporting.inside import (
     answer_large_gamma,
     answer_large_redundant,
+    answer_large_same_size,
     answer_redundancy_and_accuracy,
     read_all,
     show_inside,
@@ -250,7 +251,7 @@ def test_another_network_needs_another_sentence():
 def test_large_networks_that_differ_need_other_sentences():
     assert "0.50 with SCConv and by 0.37 without" in answer_large_redundant(FOUND)
     assert "at 0.793 on average" in answer_large_gamma(FOUND)
-    (base, base_run), (ours, run) = (part for part in FOUND if part[1]["model"].endswith("resnet50"))
+    (base, base_run), (ours, run) = (part for part in FOUND if part[1]["model"] in ("resnet50", "scconv_resnet50"))
     recipe, steps_per_epoch = run["recipe"], run["data"]["train_images"] // run["recipe"]["batch_size"]
     assert (
         f"{recipe['epochs']} epochs of photographs, {recipe['epochs'] * steps_per_epoch:,} steps"
@@ -258,6 +259,12 @@ def test_large_networks_that_differ_need_other_sentences():
     )
     with pytest.raises(ValueError, match="more redundant at each of the 16 layers"):
         answer_large_redundant([(ours, base_run), (base, run)])
+    assert "0.37 and 0.37, as ResNet-50's do" in answer_large_same_size(FOUND)
+    plain = [part for part in FOUND if part[1]["model"] in ("narrow_resnet50", "grouped_resnet50")]
+    with pytest.raises(ValueError, match="more redundant than theirs at each layer"):
+        answer_large_same_size([(ours, base_run), (base, run), *plain])
+    with pytest.raises(ValueError, match="theirs correlate as ResNet-50's do"):
+        answer_large_same_size([(ours, base_run), (ours, run), *((base, of) for _, of in plain)])
     learned = {**ours, "gamma": {**ours["gamma"], "most": [*ours["gamma"]["most"][:-1], 0.8]}}
     with pytest.raises(ValueError, match=r"no γ is further than 0\.1%"):
         answer_large_gamma([(base, base_run), (learned, run)])
