@@ -69,17 +69,26 @@ def show_inside(table: pd.DataFrame, columns: dict[str, tuple[str, str]]) -> pd.
 
 def find_large_pair(found: list[tuple[dict, dict]]) -> tuple[dict, dict]:
     """What was found in the ResNet-50s on photographs, without and with SCConv, both of seed 0."""
-    by_run = {run["name"]: inside for inside, run in found}
-    return by_run[f"{PHOTOGRAPHS}-resnet50-seed0"], by_run[f"{PHOTOGRAPHS}-scconv_resnet50-seed0"]
+    return find_large(found, "resnet50"), find_large(found, "scconv_resnet50")
+
+
+def find_large(found: list[tuple[dict, dict]], network: str) -> dict:
+    (inside,) = (inside for inside, run in found if run["name"] == f"{PHOTOGRAPHS}-{network}-seed0")
+    return inside
+
+
+def is_more_redundant(ours: dict, other: dict) -> bool:
+    """At each of a ResNet-50's 16 layers: more correlation, and a lower rank."""
+    signs = {"correlation": 1, "rank": -1}
+    layers = [s * (b[0] - a[0]) for kind, s in signs.items() for a, b in zip(other[kind], ours[kind], strict=True)]
+    return len(layers) == 32 and min(layers) > 0
 
 
 def answer_large_redundant(found: list[tuple[dict, dict]]) -> str:
     """Are a large network's features more redundant, too? Written by hand for one pair of ResNet-50s."""
     _, with_srus = pair = [inside["redundancy"] for inside in find_large_pair(found)]
     base, ours = (redundancy["conv"] for redundancy in pair)
-    for kind, sign in (("correlation", 1), ("rank", -1)):
-        layers = [sign * (b[0] - a[0]) for a, b in zip(base[kind], ours[kind], strict=True)]
-        bears_out(len(layers) == 16 and min(layers) > 0, "more redundant at each of the 16 layers by both measures")
+    bears_out(is_more_redundant(ours, base), "more redundant at each of the 16 layers by both measures")
     mean_of = {kind: [mean(row[0] for row in conv[kind]) for conv in (base, ours)] for kind in ("correlation", "rank")}
     (plain, with_scconv), ranks = mean_of["correlation"], mean_of["rank"]
     around = with_srus["sru"]["correlation"]
@@ -98,13 +107,10 @@ def answer_large_redundant(found: list[tuple[dict, dict]]) -> str:
 
 def answer_large_same_size(found: list[tuple[dict, dict]]) -> str:
     """Is it being small that makes a large network redundant? Written by hand for two plain ResNet-50s, one seed."""
-    by_run = {run["name"]: inside["redundancy"]["conv"] for inside, run in found}
     names = ("resnet50", "scconv_resnet50", "narrow_resnet50", "grouped_resnet50")
-    base, ours, narrow, grouped = (by_run[f"{PHOTOGRAPHS}-{name}-seed0"] for name in names)
-    for kind, sign in (("correlation", 1), ("rank", -1)):
-        for conv in (narrow, grouped):
-            layers = [sign * (b[0] - a[0]) for a, b in zip(conv[kind], ours[kind], strict=True)]
-            bears_out(len(layers) == 16 and min(layers) > 0, "SCConv's are more redundant than theirs at each layer")
+    base, ours, narrow, grouped = (find_large(found, name)["redundancy"]["conv"] for name in names)
+    for conv in (narrow, grouped):
+        bears_out(is_more_redundant(ours, conv), "SCConv's are more redundant than theirs at each layer")
     alone, *plain = (mean(row[0] for row in conv["correlation"]) for conv in (base, narrow, grouped))
     bears_out(max(abs(value - alone) for value in plain) < 0.005, "theirs correlate as ResNet-50's do")
     full, least, *ranks = (mean(row[0] for row in conv["rank"]) for conv in (base, ours, narrow, grouped))
